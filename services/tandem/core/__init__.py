@@ -1,0 +1,1 @@
+"""Plain data that every other package shares. Imports nothing of ours."""

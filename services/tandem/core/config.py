@@ -1,0 +1,138 @@
+"""Every setting, as frozen models that are made once, checked once and passed down.
+
+Where the values come from (file, environment, flags) is `tandem.config`'s business.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seconds = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+RoutingPolicy = Literal["round_robin", "least_loaded", "prefix_aware"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """Which model is served and how it is held."""
+
+    path: str = Field("", description="model directory or Hub id; empty: the bundled model")
+    served_name: str = Field("", description="name that clients use; empty: last part of the path")
+    dtype: DType = Field("auto", description="auto: float32 on CPU, the checkpoint's own on CUDA")
+    max_model_len: int = Field(0, ge=0, description="context in tokens; 0: the model's own")
+
+
+class CacheConfig(_Frozen):
+    """The KV blocks of one worker."""
+
+    block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
+    num_blocks: int = Field(0, ge=0, description="KV blocks per worker; 0: from memory_bytes")
+    memory_bytes: int = Field(
+        256 * 2**20, ge=2**20, description="bytes of KV per worker when num_blocks is 0"
+    )
+    prefix_cache: bool = Field(True, description="keep the blocks of finished prompts for reuse")
+
+
+class SchedulerConfig(_Frozen):
+    """Limits of one worker's iterations."""
+
+    max_batch_tokens: int = Field(512, ge=1, description="token budget of one iteration")
+    chunk_size: int = Field(256, ge=1, description="most prompt tokens of one sequence per iteration")
+    max_running: int = Field(128, ge=1, description="sequences that hold blocks at once")
+    max_waiting: int = Field(1024, ge=1, description="bound of the queue; past it requests are refused")
+
+
+class TransferConfig(_Frozen):
+    """KV links between two workers."""
+
+    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, else gloo")
+    layers_per_group: int = Field(0, ge=0, description="layers per KV send; 0: four groups per chunk")
+    max_links: int = Field(32, ge=1, description="open links per worker; idle ones are evicted past it")
+    connect_timeout: Seconds = Field(10.0, description="seconds to open a link")
+    transfer_timeout: Seconds = Field(30.0, description="seconds for one announced piece to arrive")
+    max_retries: int = Field(3, ge=0, description="times a broken link is rebuilt before its legs fail")
+
+
+class WorkerConfig(_Frozen):
+    """What a prefill or decode worker does beside running the model."""
+
+    host: str = Field("127.0.0.1", description="address that peers reach this worker at")
+    threads: int = Field(0, ge=0, description="CPU threads of the model; 0: cores / workers")
+    heartbeat_interval: Seconds = Field(0.5, description="seconds between heartbeats on every stream")
+    peer_timeout: Seconds = Field(5.0, description="silence after which a peer counts as frozen")
+    progress_timeout: Seconds = Field(60.0, description="seconds without an iteration while work waits")
+    reassign_timeout: Seconds = Field(
+        5.0, description="seconds to wait for another prefill worker before prefilling locally"
+    )
+    disaggregated: bool = Field(True, description="false: decode workers prefill everything")
+    local_prefill_max_tokens: int = Field(
+        32, ge=0, description="uncached prompt tokens up to which the decode worker prefills itself"
+    )
+
+
+class RouterConfig(_Frozen):
+    """How the gateway assigns workers."""
+
+    policy: RoutingPolicy = Field("prefix_aware", description="how workers are chosen")
+    prefix_weight: float = Field(
+        1.0, ge=0, description="how much of a queued token a cached prompt token is worth"
+    )
+    max_prefix_bonus_tokens: int = Field(
+        2048, ge=0, description="most tokens of advantage that a cached prefix gives"
+    )
+    max_in_flight: int = Field(1024, ge=1, description="requests per decode worker before 429")
+    max_tracked_blocks: int = Field(65536, ge=1, description="prefix blocks remembered per worker")
+
+
+class GatewayConfig(_Frozen):
+    """The front door."""
+
+    host: str = Field("127.0.0.1", description="address of the HTTP and gRPC servers")
+    port: Port = Field(8000, description="HTTP port; 0 picks a free one")
+    grpc_port: Port = Field(50051, description="gRPC port; 0 picks a free one")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="largest request body")
+    max_n: int = Field(16, ge=1, description="largest n of a request")
+    max_attempts: int = Field(5, ge=1, description="times a request is dispatched before it fails")
+    worker_timeout: Seconds = Field(5.0, description="silence after which a decode worker counts as frozen")
+    progress_timeout: Seconds = Field(60.0, description="seconds without an iteration while it has work")
+    no_worker_timeout: Seconds = Field(
+        30.0, description="seconds a request in flight waits for a decode worker to come back"
+    )
+    router: RouterConfig = RouterConfig()
+
+
+class ControllerConfig(_Frozen):
+    """The pools and who watches them."""
+
+    host: str = Field("127.0.0.1", description="address of the controller's gRPC server")
+    port: Port = Field(50050, description="port of the controller's gRPC server; 0 picks a free one")
+    prefill_workers: int = Field(1, ge=0, description="workers in the prefill pool")
+    decode_workers: int = Field(1, ge=1, description="workers in the decode pool")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves per worker")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that Ray reserves per worker")
+    heartbeat_interval: Seconds = Field(0.5, description="seconds between probes of a worker")
+    worker_timeout: Seconds = Field(5.0, description="silence after which a worker counts as frozen")
+    replace_after: Seconds = Field(
+        30.0, description="seconds that a frozen worker may take to wake before it is replaced"
+    )
+    dashboard: bool = Field(True, description="start the Ray dashboard with a local cluster")
+    dashboard_port: Port = Field(8265, description="port of the Ray dashboard")
+
+
+class TandemConfig(_Frozen):
+    """The whole configuration."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    transfer: TransferConfig = TransferConfig()
+    worker: WorkerConfig = WorkerConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    controller: ControllerConfig = ControllerConfig()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,56 @@
+"""A request inside the cluster, and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from tandem.core.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a worker needs to serve one stream of tokens.
+
+    `token_ids` is the prompt followed by the tokens that earlier attempts emitted, so that a
+    resubmitted request goes on where it was; `prompt_len` is where the outputs begin.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    sampling: SamplingParams
+    attempt: int = 0
+    priority: int = 0
+    """Lower is served first; equal priorities are served in order of arrival."""
+    cache_salt: str = ""
+    """KV blocks are shared only between requests of the same salt."""
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that the sequence has when `max_tokens` is reached."""
+        return self.prompt_len + self.sampling.max_tokens
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of one token at one position. `rank` 1 is the likeliest."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+class PositionLogprobs(NamedTuple):
+    """The token that stands at a position and the likeliest alternatives there, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+class SampledToken(NamedTuple):
+    """The token drawn for one sequence in one iteration."""
+
+    token_id: int
+    logprobs: PositionLogprobs | None
