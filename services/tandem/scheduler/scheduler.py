@@ -114,6 +114,14 @@ class Scheduler:
         seq.phase = "waiting"
         self.waiting.add(seq)
 
+    def peek_cached(self, seq: Sequence) -> int:
+        """Return how many tokens of a sequence its prefix cache would give now. Takes no hold."""
+        return len(self._match_prefix(seq)) * self.pool.block_size
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Take a sequence out of the queue; `add` puts it back at its place."""
+        self.waiting.discard(seq)
+
     # ------------------------------------------------------------------ one iteration
 
     def schedule(self) -> IterationPlan:
