@@ -64,7 +64,8 @@ async def test_chunks_and_blocks_change_nothing(
     prompts = random_prompts(2, [1, 2, 63, 64, 65, 150])
     expected = reference_tokens(tiny_llama, prompts, 8)
     config = make_config(
-        cache={"block_size": block_size}, scheduler={"chunk_size": chunk_size, "max_batch_tokens": 80}
+        cache={"block_size": block_size},
+        scheduler={"chunk_size": chunk_size, "max_batch_tokens": 80},
     )
     async with local_cluster(config) as cluster, connect(cluster) as dispatcher:
         calls = [

@@ -59,7 +59,10 @@ async def test_a_worker_lost_at_any_moment_changes_no_output(
 ) -> None:
     prompts = make_prompts(7)
     config = make_config(cache={"prefix_cache": False})
-    async with local_cluster(config, prefill=2, decode=2) as cluster, connect(cluster) as dispatcher:
+    async with (
+        local_cluster(config, prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
         expected = await run_all(dispatcher, "undisturbed", prompts)
         for moment in ("at the start", "when it works", "later"):
             running = asyncio.create_task(run_all(dispatcher, moment, prompts))
@@ -116,7 +119,10 @@ async def test_a_short_freeze_is_survived_by_everybody(
     """Long enough to be given up on, then it wakes with stale work and must do no harm."""
     prompts = make_prompts(10)
     config = make_config()
-    async with local_cluster(config, prefill=2, decode=2) as cluster, connect(cluster) as dispatcher:
+    async with (
+        local_cluster(config, prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
         expected = await run_all(dispatcher, "undisturbed", prompts)
         for victim in ("decode-0", "prefill-0"):
             running = asyncio.create_task(run_all(dispatcher, victim, prompts))

@@ -195,9 +195,7 @@ class Handoff:
         else:
             self._ask(active, leg, held_tokens=held)
 
-    def _started(
-        self, active: ActiveRequest, leg: Leg, started: worker_pb2.PrefillStarted
-    ) -> None:
+    def _started(self, active: ActiveRequest, leg: Leg, started: worker_pb2.PrefillStarted) -> None:
         if active.started_at is None:
             active.started_at = time.monotonic()
         if active.cached_tokens is None:
@@ -215,9 +213,7 @@ class Handoff:
         for first_layer, num_layers in layer_groups(
             runtime.engine.spec.num_layers, runtime.config.transfer.layers_per_group
         ):
-            transfer.send(
-                Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready=None)
-            )
+            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready=None))
         transfer.finish_sends(leg.leg_id)
 
     def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
@@ -233,7 +229,9 @@ class Handoff:
     def _done(self, active: ActiveRequest, leg: Leg, done: worker_pb2.PrefillDone) -> None:
         leg.first_token_at = time.monotonic()
         self._runtime.metrics.observe_stage("prefill", done.prefill_seconds)
-        logprobs = position_logprobs_from_proto(done.logprobs) if done.HasField("logprobs") else None
+        logprobs = (
+            position_logprobs_from_proto(done.logprobs) if done.HasField("logprobs") else None
+        )
         self._owner.token(active, SampledToken(done.token_id, logprobs))
         if active.leg is leg:
             self._complete(active, leg)

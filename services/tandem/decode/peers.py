@@ -96,7 +96,9 @@ class PrefillPeer:
             self.lost = True
             self._outbox.close()
             self.transfer.close()
-            log.warning("prefill worker lost", worker=self._runtime.name, peer=self.name, reason=reason)
+            log.warning(
+                "prefill worker lost", worker=self._runtime.name, peer=self.name, reason=reason
+            )
             self._runtime.loop.post(self._handler.peer_lost, self, reason)
 
     async def _messages(self) -> AsyncIterator[worker_pb2.DecodeToPrefill]:
@@ -130,7 +132,9 @@ class PrefillPeer:
                     self.transfer.handle(message.link)
                 case "heartbeat":
                     beat = message.heartbeat
-                    watch.observe(beat.iterations, beat.running + beat.waiting > 0, time.monotonic())
+                    watch.observe(
+                        beat.iterations, beat.running + beat.waiting > 0, time.monotonic()
+                    )
                 case "hello":
                     log.info("prefill worker connected", worker=self._runtime.name, peer=self.name)
                 case _:

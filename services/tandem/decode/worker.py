@@ -120,7 +120,9 @@ class DecodeWorker:
         late = time.monotonic() - self._runtime.config.worker.reassign_timeout
         for active in list(self._active.values()):
             if active.awaiting_reassign_since and active.awaiting_reassign_since < late:
-                log.warning("no reassignment came, prefilling here", request=active.request.request_id)
+                log.warning(
+                    "no reassignment came, prefilling here", request=active.request.request_id
+                )
                 active.awaiting_reassign_since = None
                 active.target = None
                 self._prefill(active)
@@ -165,7 +167,9 @@ class DecodeWorker:
     def _accept(self, session: GatewaySession, message: worker_pb2.Submit) -> ActiveRequest:
         request = request_from_submit(message)
         if (request.request_id, request.attempt) in self._active:
-            raise StaleError(f"request {request.request_id} attempt {request.attempt} is here already")
+            raise StaleError(
+                f"request {request.request_id} attempt {request.attempt} is here already"
+            )
         self._runtime.scheduler.check_fits(request)
         limits = self._runtime.config.scheduler
         if len(self._active) >= limits.max_running + limits.max_waiting:

@@ -85,7 +85,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             check_incarnation(runtime.name, hello.expected_incarnation, runtime.incarnation)
             check_kv_spec(runtime.kv_spec(), hello.kv_spec)
         except TandemError as error:
-            log.warning("decode worker refused", worker=runtime.name, peer=hello.name, reason=str(error))
+            log.warning(
+                "decode worker refused", worker=runtime.name, peer=hello.name, reason=str(error)
+            )
             runtime.metrics.stale.inc()
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
         peer = DecodePeer(hello, runtime, self._handler)
@@ -124,7 +126,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                 message = await asyncio.wait_for(anext(messages), timeout)
                 self._apply(peer, message)
         except TimeoutError:
-            log.warning("decode worker silent", worker=self._runtime.name, peer=peer.name, seconds=timeout)
+            log.warning(
+                "decode worker silent", worker=self._runtime.name, peer=peer.name, seconds=timeout
+            )
         except StopAsyncIteration:
             pass
         finally:

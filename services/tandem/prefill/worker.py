@@ -308,7 +308,9 @@ class PrefillWorker:
             ready = torch.cuda.Event()
             ready.record()
         num_layers = self._runtime.engine.spec.num_layers
-        for first, count in layer_groups(num_layers, self._runtime.config.transfer.layers_per_group):
+        for first, count in layer_groups(
+            num_layers, self._runtime.config.transfer.layers_per_group
+        ):
             yield LayerGroup(first, count, ready)
 
 

@@ -71,7 +71,12 @@ class WorkerRuntime:
     """The parts of one worker. `load`, then `serve`, then `stop`."""
 
     def __init__(
-        self, name: str, role: str, config: TandemConfig, device: str, progress: Progress | None = None
+        self,
+        name: str,
+        role: str,
+        config: TandemConfig,
+        device: str,
+        progress: Progress | None = None,
     ) -> None:
         self.name = name
         self.role_name = role
