@@ -219,10 +219,9 @@ class Handoff:
     def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
         if not active.wants_prompt_logprobs:
             return
-        have = len(active.prompt_logprobs)
-        skip = max(0, have - chunk.start)  # entry i of a chunk speaks of position start + 1 + i
-        entries = chunk.prompt_logprobs[skip:]
-        active.prompt_logprobs.extend(position_logprobs_from_proto(entry) for entry in entries)
+        active.add_prompt_logprobs(
+            chunk.start, map(position_logprobs_from_proto, chunk.prompt_logprobs)
+        )
         active.logprobs_covered = max(active.logprobs_covered, chunk.start + chunk.num_tokens)
         self._note_landed(active, leg)
 

@@ -15,7 +15,6 @@ import grpc.aio
 import structlog
 
 from tandem.core.errors import DeadlineExceededError
-from tandem.transfer import PeerTransfer
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.worker.event_loop import Outbox
 from tandem.worker.liveness import ProgressWatch
@@ -55,15 +54,8 @@ class PrefillPeer:
         self._runtime = runtime
         self._handler = handler
         self._outbox: Outbox[worker_pb2.DecodeToPrefill] = Outbox(runtime.events.loop)
-        self.transfer = PeerTransfer(
-            storage=runtime.engine.storage,
-            spec=runtime.kv_spec(),
-            config=runtime.config.transfer,
-            send_control=self._send_link,
-            events=PostedEvents(runtime.loop, handler, self),
-            peer_name=target.name,
-            budget=runtime.link_budget,
-            host=runtime.config.worker.host,
+        self.transfer = runtime.peer_transfer(
+            target.name, self._send_link, PostedEvents(runtime.loop, handler, self)
         )
         self._task = runtime.events.spawn(self._run())
 
@@ -107,7 +99,7 @@ class PrefillPeer:
             name=runtime.name,
             incarnation=runtime.incarnation,
             expected_incarnation=self.incarnation,
-            kv_spec=runtime.kv_spec(),
+            kv_spec=runtime.kv_spec,
         )
         yield worker_pb2.DecodeToPrefill(hello=hello)
         async for message in self._outbox:

@@ -221,10 +221,11 @@ class DecodeWorker:
             self._fail((chunk.sequence for chunk in plan.chunks), error)
             return
         runtime.scheduler.advance(plan)
-        for sequence, logprobs in output.prompt_logprobs.items():
-            self._by_sequence[sequence].prompt_logprobs.extend(logprobs)
         for chunk in plan.chunks:
             runtime.count_tokens("decode" if chunk.length == 1 else "prefill", chunk.length)
+            logprobs = output.prompt_logprobs.get(chunk.sequence)
+            if logprobs:
+                self._by_sequence[chunk.sequence].add_prompt_logprobs(chunk.start, logprobs)
         for sequence, sampled in output.tokens.items():
             self.token(self._by_sequence[sequence], sampled)
 
