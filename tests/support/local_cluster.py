@@ -86,13 +86,11 @@ class _Membership(cluster_pb2_grpc.ClusterServicer):
             self.current = membership
             self.changed.notify_all()
 
-    async def Watch(self, request, context):  # noqa: ANN001, ANN201, N802
-        sent = 0
+    async def Watch(self, request, context):  # noqa: N802
         while True:
+            yield (sent := self.current)
             async with self.changed:
-                await self.changed.wait_for(lambda: self.current.version > sent)
-                sent, current = self.current.version, self.current
-            yield current
+                await self.changed.wait_for(lambda sent=sent: self.current is not sent)
 
 
 @dataclass
@@ -194,6 +192,27 @@ async def local_cluster(
     finally:
         await cluster.stop()
         await server.stop(grace=None)
+
+
+class Recorder:
+    """A `DispatchObserver` that remembers why requests moved."""
+
+    def __init__(self) -> None:
+        self.causes: list[str] = []
+        self.stale: list[str] = []
+
+    def recovered(self, cause: str) -> None:
+        self.causes.append(cause)
+
+    def stale_refused(self, kind: str) -> None:
+        self.stale.append(kind)
+
+
+async def until_ready(dispatcher: Dispatcher, seconds: float = 20) -> None:
+    """Wait until the dispatcher has a decode worker that takes requests."""
+    async with asyncio.timeout(seconds):
+        while not dispatcher.ready:
+            await asyncio.sleep(0.01)
 
 
 async def generate(
