@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-
 from tandem.core.sampling import SamplingParams
+
 from tests.engine.conftest import TinyModel
 from tests.engine.driver import Driver, greedy, make_engine, request
 from tests.engine.tiny_models import ARCHITECTURES
