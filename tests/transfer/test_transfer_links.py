@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transfer_endpoint import Endpoint, TorchBlocks
-from transfer_pair import Connect, Pair
-
 from tandem.core.config import TransferConfig
 from tandem.core.errors import PeerMismatchError
 from tandem.transfer import PeerTransfer, check_kv_spec
 from tandem.v1 import worker_pb2
+from transfer_endpoint import Endpoint, TorchBlocks
+from transfer_pair import Connect, Pair
 
 
 def send_range(pair: Pair, leg: int, count: int, *, finish: bool = True) -> None:
@@ -142,13 +141,18 @@ def test_a_lost_acknowledgement_does_not_land_a_piece_twice(connect: Connect) ->
 
 def test_an_announcement_out_of_order_breaks_the_link_and_it_recovers(connect: Connect) -> None:
     pair = connect(Endpoint("p", TorchBlocks(seed=1)), Endpoint("d"))
-    pair.to_far.passes = lambda message: (
-        not (message.epoch == 1 and message.announce.sequence_number == 2)
-    )
-    send_range(pair, 1, 4)
+    send_range(pair, 1, 4, finish=False)
+    pair.far_end.events.wait_landed(4)
+    announce = worker_pb2.LinkAnnounce(sequence_number=9, leg_id=1, num_layers=4, num_tokens=1)
+    pair.far.handle(worker_pb2.LinkMessage(epoch=1, announce=announce))
+    pair.near.send(pair.near_end.piece(1, [0], 0))
+    pair.near.send(pair.near_end.piece(1, [4], 0, 1, 1))
+    pair.near.finish_sends(1)
     pair.near_end.events.wait_sent(1)
     assert pair.near_end.events.send_error(1) is None
-    assert [start for _, _, _, start, _ in pair.far_end.events.landed] == [0, 1, 2, 3]
+    assert len(pair.far_end.events.landed) == 5, "what had landed before is not landed again"
+    broken = [m.broken.reason for m in pair.to_near.seen if m.HasField("broken")]
+    assert broken == ["piece 9 announced, 5 was next"]
 
 
 def test_a_link_that_stays_broken_fails_its_legs_and_later_legs_try_again(

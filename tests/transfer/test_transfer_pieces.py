@@ -7,11 +7,10 @@ import threading
 
 import pytest
 import torch
-from transfer_endpoint import Endpoint, TorchBlocks
-from transfer_pair import Connect
-
 from tandem.core.config import TransferConfig
 from tandem.transfer import TransferStats
+from transfer_endpoint import Endpoint, TorchBlocks
+from transfer_pair import Connect
 
 
 def ragged(rng: random.Random, total: int) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ Store = Any
 _NCCL_MAX_CTAS = 4
 """Each NCCL channel costs some 6 MB of GPU memory per group and takes an SM from the model."""
 _POLL_SECONDS = 0.0002
+_MEET_POLL_SECONDS = 0.002
 _DATA_TAG = 0
 _ABORT_TAG = 1
 
@@ -96,6 +98,22 @@ def connect_store(host: str, port: int, prefix: str, timeout: float) -> Store:
     return dist.PrefixStore(prefix, client)
 
 
+def meet(store: Store, rank: int, timeout: float, alive: Callable[[], bool]) -> None:
+    """Wait until the other rank is in the store too, so that making the group takes no time.
+
+    A group's constructor cannot be interrupted; this can: it raises `LinkError` when `alive` turns
+    false, and after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    store.set(f"rank{rank}", "here")
+    while not store.check([f"rank{1 - rank}"]):
+        if not alive():
+            raise LinkError("aborted while it was being opened")
+        if time.monotonic() > deadline:
+            raise LinkError(f"the peer did not come to open the link within {timeout:g} s")
+        time.sleep(_MEET_POLL_SECONDS)
+
+
 def open_group(
     backend: Backend,
     store: Store,
@@ -104,7 +122,7 @@ def open_group(
     device: torch.device,
     timeout: float,
 ) -> LinkGroup:
-    """Meet the other rank. Blocks until it comes or `timeout` seconds have passed."""
+    """Make the group of two ranks that have met. Blocks `timeout` s if one is gone again."""
     if backend == "nccl":
         return NcclGroup(store, rank, device)
     return GlooGroup(store, rank, host, timeout)

@@ -16,7 +16,7 @@ import torch
 
 from tandem.core.errors import PeerMismatchError
 from tandem.transfer.context import LinkContext
-from tandem.transfer.group import LinkError, LinkGroup, connect_store, open_group
+from tandem.transfer.group import LinkError, LinkGroup
 from tandem.transfer.receive_ledger import PieceRange, ReceiveLedger, RejectedPieceError
 from tandem.transfer.spec import check_kv_spec
 from tandem.transfer.staging import CopyLane, Staging
@@ -172,18 +172,17 @@ class ReceiveLink:
             self._refuse(epoch, str(error))
             return
         self._control(epoch, worker_pb2.LinkMessage(opened=worker_pb2.LinkOpened()))
-        timeout = context.config.connect_timeout
-        store = connect_store(offer.store_host, offer.store_port, offer.store_prefix, timeout)
-        group = open_group(
-            context.backend, store, 1, context.rendezvous.host, context.blocks.kv.device, timeout
-        )
+        group = context.make_group(offer, 1, lambda: self._is_current(epoch))
         with self._changed:
             self._group = group
-            if self._stopped or self._broken or epoch != self._epoch:
+            if not self._is_current(epoch):
                 raise LinkError("superseded while it was being opened")
             self._last_sequence_number = 0
-        group.recv(staging.take_bytes(1), timeout)
+        group.recv(staging.take_bytes(1), context.config.connect_timeout)
         context.log.info("link_opened", epoch=epoch, direction="receive")
+
+    def _is_current(self, epoch: int) -> bool:
+        return epoch == self._epoch and not self._broken and not self._stopped
 
     def _refuse(self, epoch: int, reason: str) -> None:
         with self._changed:
@@ -251,7 +250,7 @@ class ReceiveLink:
     def _break(self, epoch: int, error: Exception) -> None:
         """This epoch is over. Tell the opener, which decides whether there will be another."""
         with self._changed:
-            current = epoch == self._epoch and not self._broken and not self._stopped
+            current = self._is_current(epoch)
             if current:
                 self._broken = True
                 self._inbox.clear()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from tandem.core.errors import PeerMismatchError
 from tandem.transfer.context import LinkContext
-from tandem.transfer.group import LinkError, LinkGroup, connect_store, open_group
+from tandem.transfer.group import LinkError, LinkGroup
 from tandem.transfer.send_ledger import Outgoing, SendLedger
 from tandem.transfer.staging import CopyLane, Staging
 from tandem.transfer.types import Piece
@@ -163,7 +163,7 @@ class SendLink:
 
     def _await_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._ledger.has_queued)
+            self._changed.wait_for(lambda: self._stopped or not self._ledger.idle)
             return not self._stopped
 
     def _serve_epoch(self, lane: CopyLane, staging: Staging) -> None:
@@ -202,17 +202,13 @@ class SendLink:
         )
         self._control(worker_pb2.LinkMessage(open=offer))
         self._await_answer()
-        timeout = context.config.connect_timeout
-        store = connect_store(offer.store_host, offer.store_port, offer.store_prefix, timeout)
-        group = open_group(
-            context.backend, store, 0, context.rendezvous.host, context.blocks.kv.device, timeout
-        )
+        group = context.make_group(offer, 0, lambda: not (self._stopped or self._broken))
         with self._changed:
             self._group = group
             if self._stopped:
                 raise _LinkStoppedError
             self._progress_at = time.monotonic()
-        group.send(staging.take_bytes(1), timeout)
+        group.send(staging.take_bytes(1), context.config.connect_timeout)
         return group
 
     def _await_answer(self) -> None:
