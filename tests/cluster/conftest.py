@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from local_cluster import LocalCluster, Recorder, until_ready
+from local_cluster import Connect, LocalCluster, MakeConfig, Recorder, until_ready
 from tiny_models import make_tiny_model
 
 from tandem.core.config import TandemConfig
 from tandem.gateway.dispatch import Dispatcher
-
-MakeConfig = Callable[..., TandemConfig]
-Connect = Callable[[LocalCluster], AbstractAsyncContextManager[Dispatcher]]
 
 
 @pytest.fixture(scope="session")

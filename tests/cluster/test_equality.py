@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Connect, MakeConfig
-from local_cluster import generate, local_cluster
+from local_cluster import Connect, MakeConfig, generate, local_cluster
 from tiny_models import ARCHITECTURES, make_tiny_model
 from transformers import AutoModelForCausalLM
 

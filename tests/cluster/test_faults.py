@@ -7,8 +7,7 @@ import random
 import signal
 
 import pytest
-from conftest import Connect, MakeConfig
-from local_cluster import LocalCluster, generate, local_cluster, until_ready
+from local_cluster import Connect, LocalCluster, MakeConfig, generate, local_cluster, until_ready
 
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.tiny_models import make_tiny_model
+from tiny_models import make_tiny_model
 
 TinyModel = Callable[[str], Path]
 

@@ -13,7 +13,7 @@ from tandem.core.sampling import SamplingParams
 
 from tests.engine.conftest import TinyModel
 from tests.engine.driver import Driver, greedy, make_engine, request
-from tests.engine.tiny_models import ARCHITECTURES
+from tiny_models import ARCHITECTURES
 
 NEW_TOKENS = 16
 PROMPT_LENGTHS = (1, 2, 7, 16, 33, 70, 150)

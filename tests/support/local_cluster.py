@@ -10,8 +10,8 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -26,6 +26,11 @@ from tandem.gateway.dispatch import Dispatcher
 from tandem.prefill.worker import PrefillWorker
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tandem.worker.runtime import WorkerEndpoint
+
+MakeConfig = Callable[..., TandemConfig]
+"""The `make_config` fixture: overrides by section in, a configuration for small tests out."""
+Connect = Callable[["LocalCluster"], AbstractAsyncContextManager[Dispatcher]]
+"""The `connect` fixture."""
 
 _START_SECONDS = 60.0
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
