@@ -18,7 +18,7 @@ _NUCLEUS = 1024
 def truncate_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> None:
     """Set the logits that are not kept to -inf in place.
 
-    logits: float32 [rows, vocab], after temperature; top_k: int64 [rows], 0 is off; top_p: float32
+    logits: float32 [rows, vocab], after temperature; top_k: int64 [rows], 0 is off; top_p: float64
     [rows], 1 is off; min_p: float32 [rows], 0 is off. At least the likeliest token of a row is
     kept.
     """

@@ -21,7 +21,7 @@ def truncated(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float =
     truncate_logits(
         result,
         torch.full((rows,), top_k),
-        torch.full((rows,), top_p),
+        torch.full((rows,), top_p, dtype=torch.float64),
         torch.full((rows,), min_p),
     )
     return result
@@ -50,7 +50,7 @@ def in_transformers(
         {"top_p": 0.01},
         {"top_p": 0.5},
         {"top_p": 0.95},
-        {"top_p": 0.9999},
+        {"top_p": 0.99},
         {"min_p": 0.001},
         {"min_p": 0.3},
         {"min_p": 1.0},
@@ -79,7 +79,7 @@ def test_each_row_has_its_own_rules() -> None:
     logits = random_logits(1, 2000).expand(5, -1).clone()
     rules = [{}, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.2}, {"top_k": 50, "top_p": 0.7}]
     top_k = torch.tensor([int(rule.get("top_k", 0)) for rule in rules])
-    top_p = torch.tensor([rule.get("top_p", 1.0) for rule in rules])
+    top_p = torch.tensor([rule.get("top_p", 1.0) for rule in rules], dtype=torch.float64)
     min_p = torch.tensor([rule.get("min_p", 0.0) for rule in rules])
     alone = [truncated(logits[:1], **rule)[0] for rule in rules]  # type: ignore[arg-type]
     truncate_logits(logits, top_k, top_p, min_p)
