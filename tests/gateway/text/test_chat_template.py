@@ -14,7 +14,7 @@ MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content
 TEMPLATES = [
     "{% for m in messages %}\n  {% if loop.last %}\n[{{ m.content }}]\n  {% endif %}\n{% endfor %}",
     "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }}",
-    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 7 %}{% endfor %}{{ ns.n }}",
     "{{ bos_token }}{% if add_generation_prompt %}assistant: {% endif %}{{ flavour }}",
