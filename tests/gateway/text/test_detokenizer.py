@@ -15,12 +15,12 @@ from tandem.gateway.text.tokenizer import Tokenizer, load_tokenizer
 from tokenizers import decoders, models
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer(model_dir: Path) -> Tokenizer:
     return load_tokenizer(model_dir)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def backend(model_dir: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
 
