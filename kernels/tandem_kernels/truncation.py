@@ -18,7 +18,7 @@ _NUCLEUS = 1024
 def truncate_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> None:
     """Set the logits that are not kept to -inf in place.
 
-    logits: float32 [rows, vocab], after temperature; top_k: int64 [rows], 0 is off; top_p: float32
+    logits: float32 [rows, vocab], after temperature; top_k: int64 [rows], 0 is off; top_p: float64
     [rows], 1 is off; min_p: float32 [rows], 0 is off. At least the likeliest token of a row is
     kept.
     """
@@ -51,7 +51,8 @@ def _cut(logits: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tens
     kept = torch.arange(width, device=logits.device) < k[:, None]
     candidates = candidates.masked_fill(~kept, float("-inf"))
     total = torch.where(top_k > 0, candidates.logsumexp(1), logits.logsumexp(1))
-    probabilities = (candidates - total[:, None]).exp()
+    # In float64 the sum over a large vocabulary keeps more digits than the tokens at its end have.
+    probabilities = (candidates - total[:, None]).double().exp()
     mass = probabilities.cumsum(1)
     inside = (mass - probabilities < top_p[:, None]) | (top_p >= 1.0)[:, None]
     count = (inside & kept).sum(1).clamp_(min=1)

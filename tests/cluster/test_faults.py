@@ -7,8 +7,7 @@ import random
 import signal
 
 import pytest
-from conftest import Connect, MakeConfig
-from local_cluster import LocalCluster, generate, local_cluster
+from local_cluster import Connect, LocalCluster, MakeConfig, generate, local_cluster, until_ready
 
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
@@ -77,7 +76,7 @@ async def test_a_worker_lost_at_any_moment_changes_no_output(
             cluster.workers[victim].kill()
             await cluster.add((cluster.workers[victim].role, victim))
             await cluster.publish()
-            await dispatcher.wait_ready(timeout=20)
+            await until_ready(dispatcher)
         assert dispatcher.in_flight == 0
 
 

@@ -6,7 +6,7 @@ import threading
 
 import grpc.aio
 import pytest
-from conftest import MakeConfig
+from local_cluster import MakeConfig
 
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams

@@ -83,6 +83,9 @@ class WorkerConfig(_Frozen):
     progress_timeout: Seconds = Field(
         60.0, description="seconds without an iteration while work waits"
     )
+    queue_timeout: Seconds = Field(
+        120.0, description="seconds a request may wait for its first iteration"
+    )
     reassign_timeout: Seconds = Field(
         5.0, description="seconds to wait for another prefill worker before prefilling locally"
     )

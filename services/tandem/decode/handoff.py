@@ -29,6 +29,9 @@ log = structlog.get_logger(__name__)
 class HandoffOwner(Protocol):
     """What the hand-over tells the worker about a request. Engine thread."""
 
+    def enqueue(self, active: ActiveRequest) -> None:
+        """Put its sequence into the scheduler's queue, where it waits for blocks."""
+
     def token(self, active: ActiveRequest, sampled: SampledToken) -> None:
         """The prefill worker sampled the first token of this leg."""
 
@@ -65,7 +68,7 @@ class Handoff:
         elif idle:
             # The peer would offer at once: reserve now and let the request carry its grant.
             leg.phase = "offered"
-            self._runtime.scheduler.add(sequence)
+            self._owner.enqueue(active)
         else:
             self._ask(active, leg, held_tokens=None)
 
@@ -134,9 +137,9 @@ class Handoff:
     def piece_landed(self, peer: PrefillPeer, piece: LandedPiece) -> None:
         """KV of some tokens in some layers is in its blocks."""
         active = self._legs.get(piece.leg_id)
-        if active is None or active.leg is None or active.leg.landing is None:
+        leg = active.leg if active is not None else None
+        if active is None or leg is None or leg.landing is None:
             return
-        leg = active.leg
         leg.landing.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
         leg.transfer_seconds += piece.seconds
         leg.kv_bytes += piece.num_bytes
@@ -178,7 +181,7 @@ class Handoff:
     def _offered(self, active: ActiveRequest, leg: Leg) -> None:
         if leg.phase == "asked":
             leg.phase = "offered"
-            self._runtime.scheduler.add(active.sequence)
+            self._owner.enqueue(active)
 
     def _grant(self, active: ActiveRequest, leg: Leg) -> None:
         """Blocks are reserved: expect the KV of all tokens past those that are held."""

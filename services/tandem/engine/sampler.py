@@ -120,7 +120,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     truncate_logits(
         scaled,
         torch.tensor([sampling.top_k for sampling in params], device=device),
-        torch.tensor([sampling.top_p for sampling in params], device=device),
+        torch.tensor([sampling.top_p for sampling in params], dtype=torch.float64, device=device),
         torch.tensor([sampling.min_p for sampling in params], device=device),
     )
     # Few tokens are left as a rule: only those get noise.

@@ -66,7 +66,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         self._runtime = runtime
         self._handler = handler
 
-    async def Serve(  # type: ignore[override]  # noqa: N802 - named by the proto
+    async def Serve(  # noqa: N802 - named by the proto
         self,
         request_iterator: AsyncIterator[worker_pb2.DecodeToPrefill],
         context: grpc.aio.ServicerContext[worker_pb2.DecodeToPrefill, worker_pb2.PrefillToDecode],

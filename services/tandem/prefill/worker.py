@@ -305,7 +305,7 @@ class PrefillWorker:
         """Every group of layers, already computed."""
         ready = None
         if self._runtime.device.startswith("cuda"):
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         num_layers = self._runtime.engine.spec.num_layers
         for first, count in layer_groups(
