@@ -154,7 +154,7 @@ def test_a_signal_ends_the_program(
 
     async def main() -> None:
         program = asyncio.create_task(server.run_async())
-        while not server.grpc_port:  # noqa: ASYNC110  there is nobody to set an event
+        while not server.grpc_port:
             await asyncio.sleep(0)
         url = f"http://127.0.0.1:{server.port}/v1/completions"
         async with httpx.AsyncClient(timeout=30) as client:

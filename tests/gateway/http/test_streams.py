@@ -87,7 +87,7 @@ async def test_leaving_is_counted_as_cancelled(
         return value
 
     async with asyncio.timeout(10):
-        while count() != 1.0:  # noqa: ASYNC110  counted when the handler has returned
+        while count() != 1.0:
             await asyncio.sleep(0)
     assert (
         metrics.registry.get_sample_value("tandem_gateway_requests_in_flight", {"api": "http"}) == 0
