@@ -1,7 +1,7 @@
 """The two kinds of Ray actor: one around each worker program, one around the manager.
 
 Both are async actors: their event loop answers while the work goes on in threads. Ray is handed
-these classes by `launcher` and `session`; nothing in this file calls Ray except to learn where it runs.
+these classes by `launcher` and `session`; nothing here calls Ray except to learn where it runs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class WorkerActor:
         return self._progress
 
     async def wait(self) -> None:
-        """Never returns: a call in flight is how the controller notices that the process is gone."""
+        """Never returns: the call in flight fails when the process is gone, and so tells of it."""
         await asyncio.Event().wait()
 
     async def stop(self) -> None:
@@ -162,9 +162,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _node_ip() -> str:
-    import ray
+    from ray.util import get_node_ip_address
 
-    return cast("str", ray.util.get_node_ip_address())
+    return cast("str", get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _load_class(path: str) -> Any:

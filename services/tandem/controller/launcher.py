@@ -25,12 +25,13 @@ from tandem.core.config import TandemConfig
 
 NAMESPACE = "tandem"
 CONTROLLER_NAME = "tandem-controller"
+ACTOR_PREFIX = "tandem:"
 RETRY_INTERVAL = 0.5
 
 
 def actor_name(worker: str) -> str:
     """The name of a worker's actor and of its placement group."""
-    return f"tandem:{worker}"
+    return ACTOR_PREFIX + worker
 
 
 class RayPlatform:
@@ -104,7 +105,7 @@ class RayPlatform:
     def _launch(self, name: str, role: Role) -> Any:
         cpus = self._config.controller.cpus_per_worker
         gpus = self._config.controller.gpus_per_worker
-        several_nodes = sum(node["Alive"] for node in ray.nodes()) > 1
+        several_nodes = sum(node["Alive"] for node in ray.nodes()) > 1  # type: ignore[no-untyped-call]
         options = {
             "name": actor_name(name),
             "namespace": NAMESPACE,
@@ -129,10 +130,11 @@ class RayPlatform:
 def place_of(name: str, cpus: float, gpus: float) -> PlacementGroup:
     """The worker's placement group: the one that it had, else a new one."""
     try:
-        return ray.util.get_placement_group(actor_name(name))
+        return cast("PlacementGroup", ray.util.get_placement_group(actor_name(name)))
     except ValueError:
         bundle = {"CPU": cpus, **({"GPU": gpus} if gpus > 0 else {})}
-        return placement_group([bundle], name=actor_name(name), lifetime="detached")
+        made = placement_group([bundle], name=actor_name(name), lifetime="detached")
+        return cast("PlacementGroup", made)
 
 
 def remove_place(name: str) -> None:

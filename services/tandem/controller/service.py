@@ -16,11 +16,11 @@ from tandem.core.config import TandemConfig
 from tandem.modelfiles import served_name
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 
-ROLES: dict[Role, cluster_pb2.Role] = {
+ROLES: dict[Role, cluster_pb2.Role.ValueType] = {
     "prefill": cluster_pb2.ROLE_PREFILL,
     "decode": cluster_pb2.ROLE_DECODE,
 }
-STATES: dict[State, cluster_pb2.WorkerState] = {
+STATES: dict[State, cluster_pb2.WorkerState.ValueType] = {
     "starting": cluster_pb2.WORKER_STATE_STARTING,
     "ready": cluster_pb2.WORKER_STATE_READY,
     "unresponsive": cluster_pb2.WORKER_STATE_UNRESPONSIVE,
@@ -96,7 +96,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
 async def serve_cluster(
     service: ClusterService, host: str, port: int
 ) -> tuple[grpc.aio.Server, str]:
-    """Start the controller's gRPC server. Returns it and its address; OSError if the port is taken."""
+    """Start the gRPC server. Returns it and its address; raises OSError if the port is taken."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     cluster_pb2_grpc.add_ClusterServicer_to_server(service, server)
     try:

@@ -21,7 +21,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tandem.controller.actors import WORKER_CLASSES, ControllerActor
-from tandem.controller.launcher import CONTROLLER_NAME, NAMESPACE
+from tandem.controller.launcher import ACTOR_PREFIX, CONTROLLER_NAME, NAMESPACE, remove_place
 from tandem.controller.roster import Role
 from tandem.controller.runner import pool_slots
 from tandem.core.config import TandemConfig
@@ -48,7 +48,7 @@ def start_local_ray(config: TandemConfig) -> RayCluster:
     _quiet_ray()
     _provide_token()
     workers = len(pool_slots(config))
-    context = ray.init(
+    context: Any = ray.init(
         address="local",
         namespace=NAMESPACE,
         num_cpus=math.ceil(workers * config.controller.cpus_per_worker) + 1,
@@ -57,7 +57,7 @@ def start_local_ray(config: TandemConfig) -> RayCluster:
         dashboard_host="127.0.0.1",
         dashboard_port=config.controller.dashboard_port,
         log_to_driver=config.log_level == "debug",
-        logging_level="error",
+        logging_level=logging.ERROR,
     )
     if config.log_level != "debug":
         _silence_raylet_messages()
@@ -69,8 +69,8 @@ def connect_to_ray(address: str) -> RayCluster:
     """Connect to a running Ray cluster. Raises `UnavailableError` if there is none."""
     _quiet_ray()
     try:
-        context = ray.init(
-            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error"
+        context: Any = ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
         )
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -134,6 +134,26 @@ def find_controller() -> ControllerHandle | None:
         return None
 
 
+def stop_everything() -> bool:
+    """Stop the controller and every worker, also workers whose controller is gone for good.
+
+    Returns whether there was anything to stop.
+    """
+    handle = find_controller()
+    if handle is not None:
+        handle.stop()
+    orphans = [
+        entry["name"]
+        for entry in ray.util.list_named_actors(all_namespaces=True)
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith(ACTOR_PREFIX)
+    ]
+    for name in orphans:
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+        remove_place(name.removeprefix(ACTOR_PREFIX))
+    return handle is not None or bool(orphans)
+
+
 def disconnect() -> None:
     """Leave the Ray cluster; one of our own ends with it."""
     ray.shutdown()
@@ -151,7 +171,7 @@ def _get(reference: Any, timeout: float) -> object:
 
 
 def _quiet_ray() -> None:
-    """No usage reports, no advice about tokens and accelerators: none of it concerns a user of ours."""
+    """No usage reports, no advice about tokens and accelerators."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
