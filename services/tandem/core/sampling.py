@@ -34,7 +34,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default=_NO_BIAS)
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)
     seed: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -1,0 +1,88 @@
+"""A request while the decode worker holds it, and the leg that prefills it elsewhere. State only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
+
+from tandem.core.request import PositionLogprobs, Request
+from tandem.core.sequence import Sequence
+from tandem.v1 import worker_pb2
+from tandem.worker.landing import LandingProgress
+
+if TYPE_CHECKING:
+    from tandem.decode.peers import PrefillPeer
+    from tandem.decode.sessions import GatewaySession
+
+LegPhase = Literal["asked", "offered", "granted", "over"]
+
+
+@dataclass(slots=True, eq=False)
+class Leg:
+    """One prefill of one request on one prefill worker.
+
+    ::
+
+        asked --Offer--> offered --blocks reserved--> granted --all KV landed + first token--> over
+          |                 |                            |
+          +---- peer lost, failed, or cancelled: over; what has landed stays with the sequence
+    """
+
+    leg_id: int
+    peer: PrefillPeer
+    num_tokens: int
+    """Tokens that the sequence had when the leg began: all of them get KV."""
+    phase: LegPhase = "asked"
+    was_asked: bool = False
+    """Whether the prefill worker knows of it already, so that a grant is a message of its own."""
+    landing: LandingProgress | None = None
+    first_token_at: float | None = None
+    last_piece_at: float = 0.0
+    transfer_seconds: float = 0.0
+    kv_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class ActiveRequest:
+    """One request from submission to its last token."""
+
+    sequence: Sequence
+    session: GatewaySession
+    target: worker_pb2.PrefillTarget | None
+    submitted_at: float
+    leg: Leg | None = None
+    awaiting_reassign_since: float | None = None
+    started_at: float | None = None
+    """When the first prefill iteration began, here or on the prefill worker."""
+    first_token_at: float | None = None
+    cached_tokens: int | None = None
+    prefill_worker: str = ""
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    """Of positions 1, 2, ... in order."""
+    logprobs_covered: int = 0
+    """Prompt positions whose logprobs have come."""
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.request.request_id, self.request.attempt)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt logprobs are asked for and not delivered yet."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return asked and self.sequence.num_output_tokens == 0
+
+    def add_prompt_logprobs(self, start: int, entries: Iterable[PositionLogprobs]) -> None:
+        """Take the logprobs that came out of computing tokens from `start` on.
+
+        Entry i speaks of position start + 1 + i; positions that have come before are skipped, as
+        when a chunk is computed a second time.
+        """
+        have = len(self.prompt_logprobs)
+        self.prompt_logprobs.extend(islice(entries, max(0, have - start), None))

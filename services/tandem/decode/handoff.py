@@ -1,0 +1,294 @@
+"""Prefill elsewhere, seen from the decode worker: legs from the first message to the last byte.
+
+Runs in the engine thread only. Keeps three promises: blocks are reserved late (when the prefill
+worker offers to start), they are never freed under a transfer (the leg's own hold ends with
+`receives_closed` / `sends_closed`), and what has landed is kept when the rest must come from elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import structlog
+
+from tandem.core.request import SampledToken
+from tandem.decode.active import ActiveRequest, Leg
+from tandem.decode.peers import PrefillPeer
+from tandem.transfer import Piece
+from tandem.v1 import worker_pb2
+from tandem.wire import position_logprobs_from_proto, request_to_prefill
+from tandem.worker.landing import LandingProgress
+from tandem.worker.layer_groups import layer_groups
+from tandem.worker.runtime import WorkerRuntime
+from tandem.worker.transfers import LandedPiece, TransferHolds
+
+log = structlog.get_logger(__name__)
+
+
+class HandoffOwner(Protocol):
+    """What the hand-over tells the worker about a request. Engine thread."""
+
+    def enqueue(self, active: ActiveRequest) -> None:
+        """Put its sequence into the scheduler's queue, where it waits for blocks."""
+
+    def token(self, active: ActiveRequest, sampled: SampledToken) -> None:
+        """The prefill worker sampled the first token of this leg."""
+
+    def prefill_lost(self, active: ActiveRequest, worker: str, reason: str) -> None:
+        """The leg is over before its time; `active.leg` is None again."""
+
+
+class Handoff:
+    """Every leg of this worker and the peers that they run on."""
+
+    def __init__(self, runtime: WorkerRuntime, owner: HandoffOwner) -> None:
+        self._runtime = runtime
+        self._owner = owner
+        self._peers: dict[str, PrefillPeer] = {}
+        self._legs: dict[int, ActiveRequest] = {}
+        self._holds = TransferHolds(runtime.pool)
+        self._next_leg_id = 1
+
+    # -- what the worker asks for
+
+    def begin(self, active: ActiveRequest, target: worker_pb2.PrefillTarget) -> None:
+        """Start a leg on `target`. A sequence that holds blocks keeps them and what landed there."""
+        peer = self._peer(target)
+        sequence = active.sequence
+        idle = not any(other.leg and other.leg.peer is peer for other in self._legs.values())
+        leg = Leg(self._next_leg_id, peer, sequence.num_tokens)
+        self._next_leg_id += 1
+        self._legs[leg.leg_id] = active
+        active.leg, active.prefill_worker = leg, peer.name
+        sequence.remote = True
+        if sequence.phase == "receiving":
+            leg.phase = "offered"
+            self._grant(active, leg)
+        elif idle:
+            # The peer would offer at once: reserve now and let the request carry its grant.
+            leg.phase = "offered"
+            self._owner.enqueue(active)
+        else:
+            self._ask(active, leg, held_tokens=None)
+
+    def admitted(self, active: ActiveRequest) -> None:
+        """The scheduler reserved blocks for a remote sequence."""
+        leg, sequence = active.leg, active.sequence
+        if leg is None:
+            raise ValueError(f"{active.key}: admitted as remote without a leg")
+        if sequence.num_uncomputed <= self._runtime.config.worker.local_prefill_max_tokens:
+            self.abandon(active)
+            self._runtime.scheduler.fall_back(sequence)
+            return
+        self._grant(active, leg)
+
+    def abandon(self, active: ActiveRequest) -> None:
+        """End the leg of a request, if it has one: cancelled, finished, or better done here."""
+        leg = active.leg
+        if leg is None:
+            return
+        self._end(active, leg)
+        leg.peer.transfer.cancel_receives(leg.leg_id)
+        leg.peer.transfer.cancel_sends(leg.leg_id)
+        if leg.was_asked:
+            cancel = worker_pb2.CancelPrefill(leg_id=leg.leg_id)
+            leg.peer.send(worker_pb2.DecodeToPrefill(cancel=cancel))
+
+    def close(self) -> None:
+        """End every stream to a peer."""
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
+
+    # -- what peers say
+
+    def peer_message(self, peer: PrefillPeer, message: worker_pb2.PrefillToDecode) -> None:
+        """Apply a message of a prefill worker; one about a leg that is over is stale."""
+        kind = message.WhichOneof("kind")
+        body = getattr(message, kind) if kind else None
+        active = self._legs.get(body.leg_id) if body is not None else None
+        if active is None or active.leg is None or active.leg.peer is not peer:
+            self._runtime.metrics.stale.inc()
+            return
+        leg = active.leg
+        match kind:
+            case "offer":
+                self._offered(active, leg)
+            case "started":
+                self._started(active, leg, message.started)
+            case "chunk":
+                self._chunk(active, leg, message.chunk)
+            case "done":
+                self._done(active, leg, message.done)
+            case "failed":
+                self._fail(active, leg, message.failed.reason)
+
+    def peer_lost(self, peer: PrefillPeer, reason: str) -> None:
+        """Fail every leg that runs on a peer whose stream is gone."""
+        if self._peers.get(peer.name) is peer:
+            del self._peers[peer.name]
+        for active in list(self._legs.values()):
+            if active.leg is not None and active.leg.peer is peer:
+                self._fail(active, active.leg, reason)
+
+    # -- what transfers say
+
+    def piece_landed(self, peer: PrefillPeer, piece: LandedPiece) -> None:
+        """KV of some tokens in some layers is in its blocks."""
+        active = self._legs.get(piece.leg_id)
+        leg = active.leg if active is not None else None
+        if active is None or leg is None or leg.landing is None:
+            return
+        leg.landing.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
+        leg.transfer_seconds += piece.seconds
+        leg.kv_bytes += piece.num_bytes
+        leg.last_piece_at = time.monotonic()
+        self._note_landed(active, leg)
+        self._complete(active, leg)
+
+    def receives_closed(self, peer: PrefillPeer, leg_id: int) -> None:
+        """No scatter touches the leg's blocks any more."""
+        self._holds.release(peer.name, leg_id, "in")
+
+    def sends_closed(self, peer: PrefillPeer, leg_id: int, error: str | None) -> None:
+        """KV that the prefill worker fetched has arrived there, or never will."""
+        self._holds.release(peer.name, leg_id, "out")
+        active = self._legs.get(leg_id)
+        if error and active is not None and active.leg is not None:
+            self._fail(active, active.leg, error)
+
+    def link_failed(self, peer: PrefillPeer, leg_ids: tuple[int, ...], reason: str) -> None:
+        """A link could not be rebuilt: its legs fail, the peer stays."""
+        for leg_id in leg_ids:
+            active = self._legs.get(leg_id)
+            if active is not None and active.leg is not None:
+                self._fail(active, active.leg, reason)
+
+    # -- steps of a leg
+
+    def _ask(self, active: ActiveRequest, leg: Leg, held_tokens: int | None) -> None:
+        request = request_to_prefill(
+            active.request,
+            leg_id=leg.leg_id,
+            token_ids=active.sequence.token_ids,
+            held_tokens=held_tokens,
+            prompt_logprobs_from=active.logprobs_covered,
+        )
+        leg.was_asked = True
+        leg.peer.send(worker_pb2.DecodeToPrefill(prefill=request))
+
+    def _offered(self, active: ActiveRequest, leg: Leg) -> None:
+        if leg.phase == "asked":
+            leg.phase = "offered"
+            self._owner.enqueue(active)
+
+    def _grant(self, active: ActiveRequest, leg: Leg) -> None:
+        """Blocks are reserved: expect the KV of all tokens past those that are held."""
+        runtime, sequence = self._runtime, active.sequence
+        held = min(sequence.num_computed, leg.num_tokens - 1)
+        leg.phase = "granted"
+        leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
+        self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
+        slots = runtime.engine.storage.slots(sequence.block_table, held, leg.num_tokens)
+        leg.peer.transfer.expect(leg.leg_id, held, slots)
+        if leg.was_asked:
+            grant = worker_pb2.Grant(leg_id=leg.leg_id, held_tokens=held)
+            leg.peer.send(worker_pb2.DecodeToPrefill(grant=grant))
+        else:
+            self._ask(active, leg, held_tokens=held)
+
+    def _started(self, active: ActiveRequest, leg: Leg, started: worker_pb2.PrefillStarted) -> None:
+        if active.started_at is None:
+            active.started_at = time.monotonic()
+        if active.cached_tokens is None:
+            cached = max(active.sequence.num_cached, started.cached_tokens)
+            active.cached_tokens = min(cached, active.request.prompt_len)
+        if started.fetch_end > started.fetch_start:
+            self._send_held(active, leg, started.fetch_start, started.fetch_end)
+
+    def _send_held(self, active: ActiveRequest, leg: Leg, start: int, end: int) -> None:
+        """Send KV that we hold and the prefill worker lacks, so that nobody computes it twice."""
+        runtime, transfer = self._runtime, leg.peer.transfer
+        self._holds.take(leg.peer.name, leg.leg_id, "out", active.sequence)
+        slots = runtime.engine.storage.slots(active.sequence.block_table, start, end)
+        transfer.open_sends(leg.leg_id)
+        for first_layer, num_layers in layer_groups(
+            runtime.engine.spec.num_layers, runtime.config.transfer.layers_per_group
+        ):
+            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready=None))
+        transfer.finish_sends(leg.leg_id)
+
+    def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
+        if not active.wants_prompt_logprobs:
+            return
+        active.add_prompt_logprobs(
+            chunk.start, map(position_logprobs_from_proto, chunk.prompt_logprobs)
+        )
+        active.logprobs_covered = max(active.logprobs_covered, chunk.start + chunk.num_tokens)
+        self._note_landed(active, leg)
+
+    def _done(self, active: ActiveRequest, leg: Leg, done: worker_pb2.PrefillDone) -> None:
+        leg.first_token_at = time.monotonic()
+        self._runtime.metrics.observe_stage("prefill", done.prefill_seconds)
+        logprobs = (
+            position_logprobs_from_proto(done.logprobs) if done.HasField("logprobs") else None
+        )
+        self._owner.token(active, SampledToken(done.token_id, logprobs))
+        if active.leg is leg:
+            self._complete(active, leg)
+
+    def _note_landed(self, active: ActiveRequest, leg: Leg) -> None:
+        if leg.landing is None:
+            return
+        # The last token known is computed again in any case: its logits give the next one.
+        landed = min(leg.landing.contiguous, active.sequence.num_tokens - 1)
+        if active.wants_prompt_logprobs:
+            # KV whose logprobs are still to come must be computed again if the peer is lost now.
+            landed = min(landed, active.logprobs_covered)
+        if landed > active.sequence.num_computed:
+            self._runtime.scheduler.landed(active.sequence, landed)
+
+    def _complete(self, active: ActiveRequest, leg: Leg) -> None:
+        """Join the running batch once the first token and all KV are here."""
+        if leg.landing is None or leg.first_token_at is None:
+            return
+        if leg.landing.contiguous < leg.num_tokens:
+            return
+        runtime = self._runtime
+        exposed = max(0.0, leg.last_piece_at - leg.first_token_at)
+        runtime.metrics.observe_stage("transfer", leg.transfer_seconds)
+        runtime.metrics.observe_stage("transfer_exposed", exposed)
+        runtime.metrics.kv_bytes.inc(leg.kv_bytes)
+        self._note_landed(active, leg)
+        self._end(active, leg)
+        leg.peer.transfer.finish_receives(leg.leg_id)
+        runtime.scheduler.join(active.sequence)
+
+    def _fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
+        self.abandon(active)
+        if leg.phase != "asked" and active.sequence.phase == "waiting":
+            self._runtime.scheduler.withdraw(active.sequence)
+        self._runtime.metrics.count_recovery("prefill_lost")
+        log.warning(
+            "prefill leg lost", worker=self._runtime.name, request=active.request.request_id,
+            peer=leg.peer.name, reason=reason, kept_tokens=active.sequence.num_computed,
+        )  # fmt: skip
+        self._owner.prefill_lost(active, leg.peer.name, reason)
+
+    def _end(self, active: ActiveRequest, leg: Leg) -> None:
+        del self._legs[leg.leg_id]
+        active.leg = None
+
+    # -- peers
+
+    def _peer(self, target: worker_pb2.PrefillTarget) -> PrefillPeer:
+        peer = self._peers.get(target.name)
+        if peer is not None and peer.incarnation == target.incarnation and not peer.lost:
+            return peer
+        if peer is not None:
+            peer.close()
+            self.peer_lost(peer, "replaced by a newer incarnation")
+        peer = PrefillPeer(target, self._runtime, self)
+        self._peers[target.name] = peer
+        return peer

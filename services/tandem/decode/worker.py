@@ -1,0 +1,299 @@
+"""The decode worker: requests in, continuous batching, tokens out.
+
+Owns every request inside the cluster from submission to its last token, and decides where its
+prompt is prefilled. How KV gets here is `handoff`; which sequences run is the scheduler's decision.
+Everything below `DecodeWorker.start` runs in the engine thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+
+import grpc.aio
+import structlog
+
+from tandem.core.config import TandemConfig
+from tandem.core.errors import OverloadedError, StaleError, TandemError, UnavailableError
+from tandem.core.request import FinishReason, SampledToken
+from tandem.core.sequence import IterationPlan, Sequence
+from tandem.core.stopping import finish_reason
+from tandem.decode.active import ActiveRequest
+from tandem.decode.handoff import Handoff
+from tandem.decode.sessions import DecodeService, GatewaySession
+from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.wire import (
+    error_to_failed,
+    finish_reason_to_proto,
+    position_logprobs_to_proto,
+    request_from_submit,
+)
+from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
+
+log = structlog.get_logger(__name__)
+
+Key = tuple[str, int]
+
+
+class DecodeWorker:
+    """One decode worker. `start` blocks until it serves, `stop` until it has ended."""
+
+    def __init__(
+        self, name: str, config: TandemConfig, device: str = "cpu", progress: Progress | None = None
+    ) -> None:
+        self._runtime = WorkerRuntime(name, "decode", config, device, progress)
+        self._active: dict[Key, ActiveRequest] = {}
+        self._by_sequence: dict[Sequence, ActiveRequest] = {}
+        self._sessions: set[GatewaySession] = set()
+        self._arrivals = itertools.count()
+
+    def start(self) -> WorkerEndpoint:
+        """Load, warm up and serve. Raises `ModelLoadError`."""
+        self._runtime.load()
+        self._handoff = Handoff(self._runtime, self)
+        return self._runtime.serve(self)
+
+    def stop(self) -> None:
+        """Cancel what is in flight and end."""
+        self._runtime.stop()
+
+    def add_servicers(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_DecodeServicer_to_server(DecodeService(self._runtime, self), server)
+
+    # -- what gateways say
+
+    def session_opened(self, session: GatewaySession) -> None:
+        self._sessions.add(session)
+
+    def submit(self, session: GatewaySession, message: worker_pb2.Submit) -> None:
+        """Take a request, or say why not."""
+        try:
+            active = self._accept(session, message)
+        except TandemError as error:
+            self._runtime.metrics.count_request("refused")
+            session.fail(error_to_failed(error, message.request_id, message.attempt))
+            return
+        self._active[active.key] = active
+        self._by_sequence[active.sequence] = active
+        self._prefill(active)
+
+    def cancel(self, session: GatewaySession, message: worker_pb2.Cancel) -> None:
+        """Drop a request; one that has ended already is no concern."""
+        active = self._active.get((message.request_id, message.attempt))
+        if active is not None and active.session is session:
+            self._end(active, "cancelled", None)
+
+    def reassign(self, session: GatewaySession, message: worker_pb2.Reassign) -> None:
+        """The answer to NeedPrefill: another prefill worker, or none."""
+        active = self._active.get((message.request_id, message.attempt))
+        if (
+            active is None
+            or active.session is not session
+            or active.awaiting_reassign_since is None
+        ):
+            self._runtime.metrics.stale.inc()
+            return
+        active.awaiting_reassign_since = None
+        active.target = message.prefill if message.HasField("prefill") else None
+        self._prefill(active)
+
+    def session_closed(self, session: GatewaySession) -> None:
+        """A gateway is gone: so are its requests."""
+        self._sessions.discard(session)
+        for active in [a for a in self._active.values() if a.session is session]:
+            self._end(active, "cancelled", None)
+
+    # -- the loop
+
+    def step(self) -> bool:
+        """Schedule, run, hand out. Returns whether anything changed."""
+        plan = self._runtime.scheduler.schedule()
+        for sequence in plan.preempted:
+            self._preempted(self._by_sequence[sequence])
+        for sequence in plan.admitted:
+            self._admitted(self._by_sequence[sequence])
+        if plan.chunks:
+            self._runtime.iterate(plan, lambda: self._run(plan))
+        for session in self._sessions:
+            session.flush(self._runtime.iterations)
+        return bool(plan.chunks or plan.preempted or plan.admitted)
+
+    def tick(self) -> None:
+        """Apply the deadlines of the queue and of a reassignment."""
+        now, config = time.monotonic(), self._runtime.config.worker
+        for active in list(self._active.values()):
+            since = active.awaiting_reassign_since
+            if since is not None and now - since > config.reassign_timeout:
+                log.warning("no reassignment came, prefilling here", request=active.key[0])
+                active.awaiting_reassign_since = active.target = None
+                self._prefill(active)
+            elif active.started_at is None and now - active.submitted_at > config.queue_timeout:
+                waited = f"{now - active.submitted_at:.0f} s"
+                self._refuse(active, OverloadedError(f"waited {waited} for {self._runtime.name}"))
+
+    def drop_everything(self) -> None:
+        """Forget every request, gateway and peer."""
+        for active in list(self._active.values()):
+            self._end(active, "dropped", None)
+        for session in self._sessions:
+            session.close()
+        self._handoff.close()
+
+    # -- what the hand-over says
+
+    def enqueue(self, active: ActiveRequest) -> None:
+        """Let a request wait for blocks; a full queue is its end here."""
+        try:
+            self._runtime.scheduler.add(active.sequence)
+        except TandemError as error:
+            self._refuse(active, error)
+
+    def token(self, active: ActiveRequest, sampled: SampledToken) -> None:
+        """Append a sampled token, emit it, and finish the request if it was the last."""
+        sequence, spec = active.sequence, self._runtime.engine.spec
+        if active.first_token_at is None:
+            active.first_token_at = time.monotonic()
+        index = sequence.num_output_tokens
+        wanted = active.wants_prompt_logprobs
+        self._runtime.scheduler.append(sequence, sampled.token_id)
+        reason = finish_reason(sequence, spec.eos_token_ids, spec.max_model_len)
+        self._emit(active, sampled, index, reason, prompt_logprobs=wanted)
+        if reason is not None:
+            self._end(active, "finished", reason)
+
+    def prefill_lost(self, active: ActiveRequest, worker: str, reason: str) -> None:
+        """Ask the gateway for another prefill worker; what has landed stays."""
+        active.awaiting_reassign_since = time.monotonic()
+        active.session.need_prefill(
+            worker_pb2.NeedPrefill(
+                request_id=active.request.request_id,
+                attempt=active.request.attempt,
+                failed_worker=worker,
+                reason=reason,
+            )
+        )
+
+    # -- steps of a request
+
+    def _accept(self, session: GatewaySession, message: worker_pb2.Submit) -> ActiveRequest:
+        request = request_from_submit(message)
+        if (request.request_id, request.attempt) in self._active:
+            raise StaleError(
+                f"request {request.request_id} attempt {request.attempt} is here already"
+            )
+        self._runtime.scheduler.check_fits(request)
+        limits = self._runtime.config.scheduler
+        if len(self._active) >= limits.max_running + limits.max_waiting:
+            raise OverloadedError(f"{self._runtime.name}: {len(self._active)} requests are queued")
+        target = message.prefill if message.HasField("prefill") else None
+        sequence = Sequence(request, next(self._arrivals))
+        return ActiveRequest(sequence, session, target, submitted_at=time.monotonic())
+
+    def _prefill(self, active: ActiveRequest) -> None:
+        """Send a sequence where the KV of its tokens is to be made."""
+        sequence = active.sequence
+        if active.target is not None and self._is_worth_remote(sequence):
+            self._handoff.begin(active, active.target)
+            return
+        active.prefill_worker = ""
+        sequence.remote = False
+        if sequence.phase == "receiving":
+            self._runtime.scheduler.fall_back(sequence)
+        else:
+            self.enqueue(active)
+
+    def _is_worth_remote(self, sequence: Sequence) -> bool:
+        config = self._runtime.config.worker
+        have = sequence.num_computed or self._runtime.scheduler.peek_cached(sequence)
+        return config.disaggregated and sequence.num_tokens - have > config.local_prefill_max_tokens
+
+    def _admitted(self, active: ActiveRequest) -> None:
+        sequence, metrics = active.sequence, self._runtime.metrics
+        metrics.queried_tokens.inc(sequence.num_tokens)
+        metrics.cached_tokens.inc(sequence.num_cached)
+        if sequence.remote:
+            self._handoff.admitted(active)
+        if active.leg is None:  # prefilled here
+            active.started_at = active.started_at or time.monotonic()
+            if active.cached_tokens is None:
+                active.cached_tokens = min(sequence.num_cached, active.request.prompt_len)
+
+    def _preempted(self, active: ActiveRequest) -> None:
+        self._runtime.metrics.preemptions.inc()
+        log.info("preempted", request=active.request.request_id, tokens=active.sequence.num_tokens)
+        self._prefill(active)
+
+    def _run(self, plan: IterationPlan) -> None:
+        runtime = self._runtime
+        try:
+            output = runtime.engine.run(plan)
+        except Exception as error:
+            log.exception("forward pass failed", worker=runtime.name, sequences=len(plan.chunks))
+            self._fail((chunk.sequence for chunk in plan.chunks), error)
+            return
+        runtime.scheduler.advance(plan)
+        for chunk in plan.chunks:
+            runtime.count_tokens("decode" if chunk.length == 1 else "prefill", chunk.length)
+            logprobs = output.prompt_logprobs.get(chunk.sequence)
+            if logprobs:
+                self._by_sequence[chunk.sequence].add_prompt_logprobs(chunk.start, logprobs)
+        for sequence, sampled in output.tokens.items():
+            self.token(self._by_sequence[sequence], sampled)
+
+    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        cause = UnavailableError(f"{self._runtime.name}: forward pass failed: {error}")
+        for sequence in list(sequences):
+            self._refuse(self._by_sequence[sequence], cause)
+
+    def _refuse(self, active: ActiveRequest, error: TandemError) -> None:
+        request = active.request
+        self._end(active, "failed", None)
+        active.session.fail(error_to_failed(error, request.request_id, request.attempt))
+
+    def _emit(
+        self,
+        active: ActiveRequest,
+        sampled: SampledToken,
+        index: int,
+        reason: FinishReason | None,
+        *,
+        prompt_logprobs: bool,
+    ) -> None:
+        output = worker_pb2.SequenceOutput(
+            request_id=active.request.request_id,
+            attempt=active.request.attempt,
+            output_index=index,
+            token_ids=(sampled.token_id,),
+            finish_reason=finish_reason_to_proto(reason),
+        )
+        if sampled.logprobs is not None:
+            output.logprobs.append(position_logprobs_to_proto(sampled.logprobs))
+        if prompt_logprobs:
+            output.prompt_logprobs.extend(map(position_logprobs_to_proto, active.prompt_logprobs))
+        if reason == "stop":
+            output.stop_token_id = sampled.token_id
+        if active.sequence.num_tokens == len(active.request.token_ids) + 1:
+            output.first.CopyFrom(self._first_token_info(active))
+        active.session.emit(output)
+
+    def _first_token_info(self, active: ActiveRequest) -> worker_pb2.FirstTokenInfo:
+        now = active.first_token_at or time.monotonic()
+        started = active.started_at or now
+        self._runtime.metrics.observe_stage("queue", started - active.submitted_at)
+        return worker_pb2.FirstTokenInfo(
+            cached_tokens=active.cached_tokens or 0,
+            queue_seconds=started - active.submitted_at,
+            prefill_seconds=now - started,
+            prefill_worker=active.prefill_worker,
+        )
+
+    def _end(self, active: ActiveRequest, outcome: str, reason: FinishReason | None) -> None:
+        """Let go of everything that the request holds."""
+        self._handoff.abandon(active)
+        self._runtime.scheduler.finish(active.sequence, reason)
+        del self._active[active.key]
+        del self._by_sequence[active.sequence]
+        self._runtime.metrics.count_request(outcome)
+        if active.first_token_at is not None:
+            self._runtime.metrics.observe_stage("decode", time.monotonic() - active.first_token_at)

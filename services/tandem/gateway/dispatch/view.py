@@ -1,0 +1,124 @@
+"""Who is in the cluster, as the controller publishes it.
+
+Watches for ever. Invariant: when the controller is away, the last known members stay in force;
+nothing here depends on it being there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import grpc
+import structlog
+
+from tandem.gateway.dispatch.connection import Backoff, open_channel
+from tandem.gateway.interfaces import ModelInfo
+from tandem.v1 import cluster_pb2, cluster_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+REFRESH_SECONDS = 30.0
+"""A watch that was quiet for this long is opened anew: the peer may be gone without a trace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One worker that takes requests. `name` outlives restarts; `incarnation` does not."""
+
+    name: str
+    address: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Everything that one message of the controller says."""
+
+    prefill: Mapping[str, Member] = field(default_factory=dict)
+    """Empty when the cluster is not disaggregated."""
+    decode: Mapping[str, Member] = field(default_factory=dict)
+    model: ModelInfo | None = None
+
+
+def membership_from_proto(message: cluster_pb2.Membership) -> Membership:
+    """Return the members by role and name."""
+    roles: dict[int, dict[str, Member]] = {
+        cluster_pb2.ROLE_PREFILL: {},
+        cluster_pb2.ROLE_DECODE: {},
+    }
+    for member in message.members:
+        if member.role in roles:
+            known = Member(member.name, member.address, member.incarnation)
+            roles[member.role][member.name] = known
+    model = None
+    if message.HasField("model"):
+        model = ModelInfo(
+            name=message.model.name,
+            path=message.model.path,
+            max_model_len=message.model.max_model_len,
+            block_size=message.model.block_size,
+            vocab_size=message.model.vocab_size,
+        )
+    prefill = roles[cluster_pb2.ROLE_PREFILL] if message.disaggregated else {}
+    return Membership(prefill, roles[cluster_pb2.ROLE_DECODE], model)
+
+
+class ClusterView:
+    """Follows `Cluster.Watch` and hands every change to `on_change`."""
+
+    def __init__(
+        self,
+        address: str,
+        gateway_id: str,
+        on_change: Callable[[Membership], None],
+        rng: random.Random,
+    ) -> None:
+        self._address = address
+        self._gateway_id = gateway_id
+        self._on_change = on_change
+        self._backoff = Backoff(rng)
+        self._connected: bool | None = None
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            try:
+                await self._watch()
+            except grpc.aio.AioRpcError as error:
+                self._lost(f"{error.code().name}: {error.details()}")
+            except Exception as error:  # a bug in taking one message must not end the watch
+                log.exception("cluster.watch_failed", controller=self._address)
+                self._lost(f"{type(error).__name__}: {error}")
+            await asyncio.sleep(self._backoff.next())
+
+    async def _watch(self) -> None:
+        async with open_channel(self._address) as channel:
+            stub = cluster_pb2_grpc.ClusterStub(channel)
+            call = stub.Watch(cluster_pb2.WatchRequest(gateway_id=self._gateway_id))
+            version = -1
+            while True:
+                try:
+                    message = await asyncio.wait_for(call.read(), REFRESH_SECONDS)
+                except TimeoutError:
+                    return
+                if not isinstance(message, cluster_pb2.Membership):
+                    self._lost("the controller ended the watch")
+                    return
+                if message.version >= version:  # a restarted controller counts anew, a stream never
+                    version = message.version
+                    self._publish(message)
+
+    def _publish(self, message: cluster_pb2.Membership) -> None:
+        self._backoff.reset()
+        if not self._connected:
+            log.info("cluster.watched", controller=self._address, version=message.version)
+        self._connected = True
+        self._on_change(membership_from_proto(message))
+
+    def _lost(self, detail: str) -> None:
+        if self._connected is not False:
+            log.warning("cluster.watch_lost", controller=self._address, detail=detail)
+        self._connected = False

@@ -1,0 +1,268 @@
+"""Who owns which KV block, and which blocks can be found by their prefix. No tensors, no I/O.
+
+Every block is in exactly one of three places:
+
+    free    -- nobody holds it, nothing worth keeping is in it
+    used    -- a request holds it, or a transfer that reads or writes it, or both
+    cached  -- nobody holds it, but its prefix is published; the least recently used goes first
+
+Invariant: a block leaves `used` only when neither kind of owner holds it. So a cancelled request
+never frees a block that is still under a write.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from tandem.core.errors import IntegrityError, TandemError
+
+Owner = Literal["request", "transfer"]
+
+
+class OutOfBlocksError(TandemError):
+    """More blocks were asked for than can be obtained now."""
+
+
+class BlockPool:
+    """The blocks of one worker. Every operation costs O(1) per block that it names.
+
+    A holder is a name; it may hold a block once per kind of owner. Whatever breaks this raises
+    `IntegrityError` and changes nothing.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_cache = prefix_cache
+        self.num_evictions = 0
+        """Cached blocks given to another owner since the start."""
+        self.prefix_queries = 0
+        """Tokens of admitted sequences that were looked up in the prefix cache."""
+        self.prefix_hits = 0
+        """Those of them that were found."""
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._holders: dict[Owner, list[set[str]]] = {
+            "request": [set() for _ in range(num_blocks)],
+            "transfer": [set() for _ in range(num_blocks)],
+        }
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._parent_of: dict[int, bytes] = {}
+
+    # ------------------------------------------------------------------ counts
+
+    @property
+    def num_free(self) -> int:
+        """Blocks obtainable now: free ones and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that a request or a transfer holds."""
+        return self.num_blocks - self.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds, kept for their prefix."""
+        return len(self._cached)
+
+    def num_unheld(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` count as obtainable as long as nobody shares them."""
+        return sum(not self._is_held(block) for block in blocks)
+
+    def can_allocate(self, n: int) -> bool:
+        """Whether `allocate(n, ...)` would succeed."""
+        return n <= self.num_free
+
+    # ------------------------------------------------------------------ holds of requests
+
+    def allocate(self, n: int, holder: str) -> list[int]:
+        """Give `holder` the request hold of `n` blocks that nobody held, evicting cached ones.
+
+        Raises `OutOfBlocksError`, and then nothing has changed.
+        """
+        if not self.can_allocate(n):
+            raise OutOfBlocksError(f"{holder} asked for {n} blocks, {self.num_free} are obtainable")
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(n)]
+        for block in blocks:
+            self._holders["request"][block].add(holder)
+        return blocks
+
+    def share(self, blocks: Sequence[int], holder: str) -> None:
+        """Add a request hold on blocks that are held already or cached: a prefix hit."""
+        self._hold("request", blocks, holder)
+
+    def release(self, blocks: Sequence[int], holder: str) -> None:
+        """Give back the request holds of `holder`. `blocks` in the order of the block table."""
+        self._release("request", blocks, holder)
+
+    # ------------------------------------------------------------------ holds of transfers
+
+    def hold_for_transfer(self, blocks: Sequence[int], holder: str) -> None:
+        """Keep blocks that are held already while a transfer reads or writes them."""
+        for block in blocks:
+            self._check_known(block)
+            if not self._is_held(block):
+                raise IntegrityError(f"transfer {holder}: block {block} is held by nobody")
+        self._hold("transfer", blocks, holder)
+
+    def release_transfer(self, blocks: Sequence[int], holder: str) -> None:
+        """Give back the transfer holds of `holder`. `blocks` in the order of the block table."""
+        self._release("transfer", blocks, holder)
+
+    # ------------------------------------------------------------------ prefix cache
+
+    def match_prefix(self, hashes: Sequence[bytes]) -> list[int]:
+        """Return the blocks of the longest published run from the start of `hashes`.
+
+        Takes no hold: `share` them before anything else is allocated. Makes them recently used.
+        """
+        blocks: list[int] = []
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        for block in reversed(blocks):
+            if block in self._cached:
+                self._cached.move_to_end(block)
+        return blocks
+
+    def publish(self, block: int, block_hash: bytes, parent: bytes = b"") -> None:
+        """Make a full, computed, held block findable; `parent` is the hash of the block before it.
+
+        The first block of a hash wins: publishing another one with it changes nothing.
+        """
+        self._check_known(block)
+        if not self._is_held(block):
+            raise IntegrityError(f"publish: block {block} is held by nobody")
+        if not self.prefix_cache or self._block_of.get(block_hash) is not None:
+            return
+        if block in self._hash_of:
+            raise IntegrityError(f"publish: block {block} is published with another hash")
+        self._hash_of[block] = block_hash
+        self._block_of[block_hash] = block
+        self._parent_of[block] = parent
+
+    def record_lookup(self, queried_tokens: int, hit_tokens: int) -> None:
+        """Count one lookup of a sequence that was admitted, for the metrics."""
+        self.prefix_queries += queried_tokens
+        self.prefix_hits += hit_tokens
+
+    # ------------------------------------------------------------------ reports
+
+    def holders(self) -> dict[str, int]:
+        """Who holds how many blocks, both kinds together. O(num_blocks): for leak reports."""
+        counts: Counter[str] = Counter()
+        for per_block in self._holders.values():
+            for names in per_block:
+                counts.update(names)
+        return dict(counts)
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` naming every violation of the pool's invariants."""
+        problems = [*self._place_violations(), *self._hash_violations()]
+        if problems:
+            raise IntegrityError("block pool: " + "; ".join(problems))
+
+    # ------------------------------------------------------------------ how it is done
+
+    def _is_held(self, block: int) -> bool:
+        return bool(self._holders["request"][block] or self._holders["transfer"][block])
+
+    def _check_known(self, block: int) -> None:
+        if not 0 <= block < self.num_blocks:
+            raise IntegrityError(f"block {block} is outside [0, {self.num_blocks})")
+
+    def _hold(self, owner: Owner, blocks: Sequence[int], holder: str) -> None:
+        names = self._holders[owner]
+        for block in blocks:
+            self._check_known(block)
+            if holder in names[block]:
+                raise IntegrityError(f"{owner} {holder} already holds block {block}")
+            if not self._is_held(block) and block not in self._cached:
+                raise IntegrityError(f"{owner} {holder}: block {block} is free")
+        _refuse_repeats(blocks, f"{owner} {holder}")
+        for block in blocks:
+            self._cached.pop(block, None)
+            names[block].add(holder)
+
+    def _release(self, owner: Owner, blocks: Sequence[int], holder: str) -> None:
+        names = self._holders[owner]
+        for block in blocks:
+            self._check_known(block)
+            if holder not in names[block]:
+                raise IntegrityError(f"{owner} {holder} does not hold block {block}")
+        _refuse_repeats(blocks, f"{owner} {holder}")
+        newly_cached: list[int] = []
+        for block in reversed(blocks):
+            names[block].discard(holder)
+            if self._is_held(block):
+                continue
+            if block in self._hash_of:
+                self._cached[block] = None
+                newly_cached.append(block)
+            else:
+                self._free.append(block)
+        self._order_chains(newly_cached)
+
+    def _order_chains(self, blocks: Iterable[int]) -> None:
+        """Make `blocks` and their cached ancestors the most recent, each after its children.
+
+        Invariant: a cached block is older than its cached parent, so that eviction never cuts off
+        a suffix that stays behind unfindable. One walk serves all blocks of one chain.
+        """
+        seen: set[int] = set()
+        for tip in blocks:
+            block: int | None = None if tip in seen else tip
+            while block is not None:
+                seen.add(block)
+                if block in self._cached:
+                    self._cached.move_to_end(block)
+                block = self._block_of.get(self._parent_of[block])
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
+        del self._parent_of[block]
+        self.num_evictions += 1
+        return block
+
+    def _place_violations(self) -> Iterable[str]:
+        free = set(self._free)
+        if len(free) != len(self._free):
+            yield "a block is in the free list twice"
+        for block in range(self.num_blocks):
+            places = (block in free, block in self._cached, self._is_held(block))
+            if sum(places) != 1:
+                yield f"block {block}: (free, cached, held) = {places}"
+        strangers = (free | set(self._cached)) - set(range(self.num_blocks))
+        if strangers:
+            yield f"unknown blocks {sorted(strangers)}"
+
+    def _hash_violations(self) -> Iterable[str]:
+        if {block: h for h, block in self._block_of.items()} != self._hash_of or len(
+            self._block_of
+        ) != len(self._hash_of):
+            yield "the maps block -> hash and hash -> block disagree"
+        if self._parent_of.keys() != self._hash_of.keys():
+            yield "the parents of published blocks are not those of the hashed blocks"
+        free = set(self._free)
+        age = {block: position for position, block in enumerate(self._cached)}
+        for block in self._hash_of:
+            if block in free:
+                yield f"free block {block} has a hash"
+            parent = self._block_of.get(self._parent_of.get(block, b""))
+            if block in age and parent in age and age[parent] < age[block]:
+                yield f"cached block {block} is younger than its parent {parent}"
+        for block in self._cached:
+            if block not in self._hash_of:
+                yield f"cached block {block} has no hash"
+
+
+def _refuse_repeats(blocks: Sequence[int], who: str) -> None:
+    if len(set(blocks)) != len(blocks):
+        raise IntegrityError(f"{who}: a block is named twice in {list(blocks)}")

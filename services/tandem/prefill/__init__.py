@@ -1,0 +1,1 @@
+"""The prefill worker: runs prompts in chunks and sends each chunk's KV on as it is made."""

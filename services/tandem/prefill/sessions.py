@@ -1,0 +1,155 @@
+"""The decode workers' side of a prefill worker: one bidirectional stream per decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import grpc
+import grpc.aio
+import structlog
+
+from tandem.core.errors import TandemError
+from tandem.transfer import check_kv_spec
+from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.worker.event_loop import Outbox
+from tandem.worker.liveness import check_incarnation
+from tandem.worker.runtime import WorkerRuntime
+from tandem.worker.transfers import PostedEvents, TransferHandler
+
+log = structlog.get_logger(__name__)
+
+
+class LegHandler(TransferHandler["DecodePeer"], Protocol):
+    """Where a stream's messages and transfers report. Called in the engine thread."""
+
+    def peer_opened(self, peer: DecodePeer) -> None: ...
+
+    def peer_closed(self, peer: DecodePeer) -> None: ...
+
+    def prefill(self, peer: DecodePeer, message: worker_pb2.PrefillRequest) -> None: ...
+
+    def grant(self, peer: DecodePeer, message: worker_pb2.Grant) -> None: ...
+
+    def cancel(self, peer: DecodePeer, message: worker_pb2.CancelPrefill) -> None: ...
+
+
+class DecodePeer:
+    """One decode worker's stream, from hello to its end."""
+
+    def __init__(
+        self, hello: worker_pb2.PeerHello, runtime: WorkerRuntime, handler: LegHandler
+    ) -> None:
+        self.name = f"{hello.name}@{hello.incarnation}"
+        self.outbox: Outbox[worker_pb2.PrefillToDecode] = Outbox(runtime.events.loop)
+        self.transfer = runtime.peer_transfer(
+            hello.name, self._send_link, PostedEvents(runtime.loop, handler, self)
+        )
+
+    def send(self, message: worker_pb2.PrefillToDecode) -> None:
+        """Queue a message for the decode worker; dropped once it is gone."""
+        self.outbox.put(message)
+
+    def close(self) -> None:
+        """End the stream from our side."""
+        self.outbox.close()
+
+    def _send_link(self, message: worker_pb2.LinkMessage) -> None:
+        self.outbox.put(worker_pb2.PrefillToDecode(link=message))
+
+
+class PrefillService(worker_pb2_grpc.PrefillServicer):
+    """`tandem.v1.Prefill`."""
+
+    def __init__(self, runtime: WorkerRuntime, handler: LegHandler) -> None:
+        self._runtime = runtime
+        self._handler = handler
+
+    async def Serve(  # noqa: N802 - named by the proto
+        self,
+        request_iterator: AsyncIterator[worker_pb2.DecodeToPrefill],
+        context: grpc.aio.ServicerContext[worker_pb2.DecodeToPrefill, worker_pb2.PrefillToDecode],
+    ) -> AsyncIterator[worker_pb2.PrefillToDecode]:
+        runtime = self._runtime
+        messages = aiter(request_iterator)
+        hello = (await anext(messages)).hello
+        try:
+            check_incarnation(runtime.name, hello.expected_incarnation, runtime.incarnation)
+            check_kv_spec(runtime.kv_spec, hello.kv_spec)
+        except TandemError as error:
+            log.warning(
+                "decode worker refused", worker=runtime.name, peer=hello.name, reason=str(error)
+            )
+            runtime.metrics.stale.inc()
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+        peer = DecodePeer(hello, runtime, self._handler)
+        runtime.loop.post(self._handler.peer_opened, peer)
+        log.info("decode worker connected", worker=runtime.name, peer=peer.name)
+        tasks = [
+            asyncio.create_task(self._read(peer, messages)),
+            asyncio.create_task(self._beat(peer)),
+        ]
+        try:
+            yield self._hello()
+            async for message in peer.outbox:
+                yield message
+        finally:
+            for task in tasks:
+                task.cancel()
+            peer.close()
+            peer.transfer.close()
+            runtime.loop.post(self._handler.peer_closed, peer)
+            log.info("decode worker gone", worker=runtime.name, peer=peer.name)
+
+    def _hello(self) -> worker_pb2.PrefillToDecode:
+        runtime = self._runtime
+        hello = worker_pb2.PeerHello(
+            name=runtime.name, incarnation=runtime.incarnation, kv_spec=runtime.kv_spec
+        )
+        return worker_pb2.PrefillToDecode(hello=hello)
+
+    async def _read(
+        self, peer: DecodePeer, messages: AsyncIterator[worker_pb2.DecodeToPrefill]
+    ) -> None:
+        """Read until the stream ends or the decode worker is silent too long."""
+        timeout = self._runtime.config.worker.peer_timeout
+        try:
+            while True:
+                message = await asyncio.wait_for(anext(messages), timeout)
+                self._apply(peer, message)
+        except TimeoutError:
+            log.warning(
+                "decode worker silent", worker=self._runtime.name, peer=peer.name, seconds=timeout
+            )
+        except StopAsyncIteration:
+            pass
+        finally:
+            peer.close()
+
+    def _apply(self, peer: DecodePeer, message: worker_pb2.DecodeToPrefill) -> None:
+        post, handler = self._runtime.loop.post, self._handler
+        match message.WhichOneof("kind"):
+            case "link":
+                peer.transfer.handle(message.link)
+            case "prefill":
+                post(handler.prefill, peer, message.prefill)
+            case "grant":
+                post(handler.grant, peer, message.grant)
+            case "cancel":
+                post(handler.cancel, peer, message.cancel)
+            case "heartbeat":
+                pass  # that it came is all it says
+            case kind:
+                log.warning("unexpected message", peer=peer.name, kind=kind)
+
+    async def _beat(self, peer: DecodePeer) -> None:
+        runtime = self._runtime
+        while True:
+            beat = worker_pb2.PeerHeartbeat(
+                iterations=runtime.iterations,
+                running=runtime.scheduler.num_running,
+                waiting=runtime.scheduler.num_waiting,
+            )
+            peer.send(worker_pb2.PrefillToDecode(heartbeat=beat))
+            await asyncio.sleep(runtime.config.worker.heartbeat_interval)

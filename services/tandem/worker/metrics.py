@@ -1,0 +1,113 @@
+"""Prometheus metrics of one worker, served by the worker itself.
+
+Histograms are in seconds, sizes in bytes or tokens; every series carries `worker` and `role`.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_LABELS = ("worker", "role")
+
+
+class WorkerMetrics:
+    """The series of one worker. Attributes are bound to its labels already."""
+
+    def __init__(self, worker: str, role: str) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = (worker, role)
+        self.requests = self._counter(
+            "tandem_worker_requests_total", "Requests by outcome.", ("outcome",)
+        )
+        self.preemptions = self._counter("tandem_worker_preemptions_total", "Sequences preempted.")
+        self.recoveries = self._counter(
+            "tandem_worker_recoveries_total", "Prefills started again, by cause.", ("cause",)
+        )
+        self.stale = self._counter(
+            "tandem_worker_stale_messages_total", "Messages refused for their stamp."
+        )
+        self.tokens = self._counter(
+            "tandem_worker_tokens_total", "Tokens computed, by kind.", ("kind",)
+        )
+        self.cached_tokens = self._counter(
+            "tandem_worker_prefix_hit_tokens_total", "Prompt tokens found in the prefix cache."
+        )
+        self.queried_tokens = self._counter(
+            "tandem_worker_prefix_query_tokens_total",
+            "Prompt tokens looked up in the prefix cache.",
+        )
+        self.kv_bytes = self._counter("tandem_worker_kv_bytes_total", "KV bytes received.")
+        self.running = self._gauge("tandem_worker_running_requests", "Sequences that hold blocks.")
+        self.waiting = self._gauge("tandem_worker_waiting_requests", "Sequences in the queue.")
+        self.blocks = self._gauge("tandem_worker_kv_blocks", "KV blocks by state.", ("state",))
+        self.links = self._gauge("tandem_worker_kv_links", "Open KV links.")
+        self.iteration_seconds = self._histogram(
+            "tandem_worker_iteration_seconds", "Duration of an iteration.", _SECONDS
+        )
+        self.iteration_tokens = self._histogram(
+            "tandem_worker_iteration_tokens", "Tokens computed by an iteration.", _SIZES
+        )
+        self.iteration_sequences = self._histogram(
+            "tandem_worker_iteration_sequences", "Sequences in an iteration.", _SIZES
+        )
+        self.stage_seconds = self._histogram(
+            "tandem_worker_stage_seconds",
+            "Time of a request in a stage: queue, prefill, transfer, transfer_exposed, decode.",
+            _SECONDS,
+            ("stage",),
+        )
+
+    def serve(self, host: str) -> str:
+        """Serve the registry over HTTP on a free port; returns host:port."""
+        server, _ = start_http_server(0, addr=host, registry=self.registry)
+        return f"{host}:{server.server_port}"
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        counter = Counter(name, text, (*_LABELS, *labels), registry=self.registry)
+        return counter if labels else counter.labels(*self._labels)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        gauge = Gauge(name, text, (*_LABELS, *labels), registry=self.registry)
+        return gauge if labels else gauge.labels(*self._labels)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
+    ) -> Histogram:
+        histogram = Histogram(
+            name, text, (*_LABELS, *labels), buckets=buckets, registry=self.registry
+        )
+        return histogram if labels else histogram.labels(*self._labels)
+
+    def count_request(self, outcome: str) -> None:
+        self.requests.labels(*self._labels, outcome).inc()
+
+    def count_recovery(self, cause: str) -> None:
+        self.recoveries.labels(*self._labels, cause).inc()
+
+    def count_tokens(self, kind: str, amount: int) -> None:
+        self.tokens.labels(*self._labels, kind).inc(amount)
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        self.stage_seconds.labels(*self._labels, stage).observe(seconds)
+
+    def set_blocks(self, used: int, cached: int, total: int) -> None:
+        for state, count in (("used", used), ("cached", cached), ("free", total - used - cached)):
+            self.blocks.labels(*self._labels, state).set(count)

@@ -1,0 +1,304 @@
+"""What a worker of either kind is made of: engine, pool, scheduler, threads, server, metrics.
+
+Builds and owns them and answers the controller. Decides nothing about requests: that is for the
+prefill and decode packages, which plug in a `Role`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import grpc.aio
+import structlog
+import torch
+
+from tandem.core.config import TandemConfig
+from tandem.core.errors import IntegrityError
+from tandem.core.sequence import IterationPlan
+from tandem.engine.engine import Engine
+from tandem.kvcache.block_pool import BlockPool
+from tandem.modelfiles import resolve_model, served_name
+from tandem.scheduler.scheduler import Scheduler
+from tandem.transfer import LinkBudget, PeerTransfer, Rendezvous, TransferEvents, make_kv_spec
+from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+from tandem.worker.engine_loop import EngineLoop
+from tandem.worker.event_loop import EventLoopThread
+from tandem.worker.metrics import WorkerMetrics
+
+log = structlog.get_logger(__name__)
+
+Progress = Callable[[str, float], None]
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+)
+_RATE_WINDOW_SECONDS = 5.0
+
+
+class WorkerEndpoint(NamedTuple):
+    """Where a started worker is reached."""
+
+    address: str
+    metrics_address: str
+    incarnation: int
+    pid: int
+
+
+class Role(Protocol):
+    """What a prefill or decode worker plugs into the runtime."""
+
+    def step(self) -> bool:
+        """Run one iteration in the engine thread; returns whether there is more to do at once."""
+
+    def add_servicers(self, server: grpc.aio.Server) -> None:
+        """Register this role's gRPC service."""
+
+    def tick(self) -> None:
+        """Check deadlines, in the engine thread, at every heartbeat interval."""
+
+    def drop_everything(self) -> None:
+        """Cancel every request, stream and link, in the engine thread: the incarnation is burnt."""
+
+
+class WorkerRuntime:
+    """The parts of one worker. `load`, then `serve`, then `stop`."""
+
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        config: TandemConfig,
+        device: str,
+        progress: Progress | None = None,
+    ) -> None:
+        self.name = name
+        self.role_name = role
+        self.config = config
+        self.device = device
+        self.incarnation = time.time_ns()
+        self.iterations = 0
+        self.metrics = WorkerMetrics(name, role)
+        self.link_budget = LinkBudget(config.transfer.max_links)
+        self._rendezvous = Rendezvous(config.worker.host)
+        self.endpoint: WorkerEndpoint | None = None
+        self._progress = progress or (lambda stage, fraction: None)
+        self._rate = _Rate()
+
+    def load(self) -> None:
+        """Load weights, make the KV blocks and warm up. Raises `ModelLoadError`."""
+        config = self.config
+        torch.set_num_threads(config.worker.threads or _default_threads(config))
+        self.model_path = resolve_model(config.model.path)
+        self.engine = Engine(
+            self.model_path,
+            config.model,
+            config.cache,
+            self.device,
+            layers_per_group=config.transfer.layers_per_group,
+            progress=self._progress,
+        )
+        self.pool = BlockPool(
+            self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
+        )
+        self.scheduler = Scheduler(config.scheduler, self.pool, self.engine.spec.max_model_len)
+        self.kv_spec = make_kv_spec(
+            self.model_name, self.engine.spec.revision, self.engine.storage, config.transfer
+        )
+        self._progress("warming up", 0.0)
+        self.engine.warm_up()
+        self._progress("ready", 1.0)
+
+    def serve(self, role: Role) -> WorkerEndpoint:
+        """Start the threads and the gRPC server; returns once it listens."""
+        self.loop = EngineLoop(self.name, role.step)
+        self.events = EventLoopThread(self.name)
+        self._role = role
+        address = self.events.run(self._start_server(role))
+        metrics_address = self.metrics.serve(self.config.worker.host)
+        self.endpoint = WorkerEndpoint(address, metrics_address, self.incarnation, os.getpid())
+        self.loop.start()
+        self._ticker = self.events.spawn(self._tick())
+        log.info("worker ready", worker=self.name, address=address, device=self.device)
+        return self.endpoint
+
+    def stop(self) -> None:
+        """Drop what is in flight, end the streams, then the threads."""
+        self.loop.post(self._role.drop_everything)
+        self.loop.stop()
+        self.events.run(self._server.stop(grace=0.5), timeout=5.0)
+        self.events.stop()
+
+    def adopt(self, incarnation: int) -> None:
+        """Take a new incarnation after the old one was burnt. Engine thread."""
+        log.warning("incarnation burnt", worker=self.name, old=self.incarnation, new=incarnation)
+        self._role.drop_everything()
+        self.incarnation = incarnation
+
+    def iterate(self, plan: IterationPlan, run: Callable[[], None]) -> None:
+        """Run one planned iteration and account for it."""
+        began = time.monotonic()
+        run()
+        metrics = self.metrics
+        metrics.iteration_seconds.observe(time.monotonic() - began)
+        metrics.iteration_tokens.observe(plan.num_tokens)
+        metrics.iteration_sequences.observe(len(plan.chunks))
+        self.iterations += 1
+
+    def count_tokens(self, kind: str, amount: int) -> None:
+        """Count tokens computed, for the metrics and for the rate in `tandem status`."""
+        self.metrics.count_tokens(kind, amount)
+        self._rate.add(amount, time.monotonic())
+
+    def peer_transfer(
+        self,
+        peer_name: str,
+        send_control: Callable[[worker_pb2.LinkMessage], None],
+        events: TransferEvents,
+    ) -> PeerTransfer:
+        """All KV traffic with one peer, over this worker's blocks."""
+        return PeerTransfer(
+            storage=self.engine.storage,
+            spec=self.kv_spec,
+            config=self.config.transfer,
+            send_control=send_control,
+            events=events,
+            peer_name=peer_name,
+            budget=self.link_budget,
+            rendezvous=self._rendezvous,
+        )
+
+    @property
+    def model_name(self) -> str:
+        return served_name(self.config.model.path, self.config.model.served_name)
+
+    def status(self) -> cluster_pb2.WorkerStatus:
+        """What `tandem status` shows of this worker."""
+        pool, scheduler, spec = self.pool, self.scheduler, self.engine.spec
+        endpoint = self.endpoint
+        return cluster_pb2.WorkerStatus(
+            name=self.name,
+            role=cluster_pb2.Role.Value(f"ROLE_{self.role_name.upper()}"),
+            state=cluster_pb2.WORKER_STATE_READY,
+            pid=os.getpid(),
+            node=platform.node(),
+            device=self.device,
+            incarnation=self.incarnation,
+            address=endpoint.address if endpoint else "",
+            metrics_address=endpoint.metrics_address if endpoint else "",
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
+            blocks_total=pool.num_blocks,
+            links=self.link_budget.num_open,
+            tokens_per_second=self._rate.per_second(time.monotonic()),
+            iterations=self.iterations,
+            model=self.model_name,
+            model_info=cluster_pb2.ModelInfo(
+                name=self.model_name,
+                path=str(self.model_path),
+                max_model_len=spec.max_model_len,
+                block_size=self.config.cache.block_size,
+                vocab_size=spec.vocab_size,
+            ),
+        )
+
+    async def _start_server(self, role: Role) -> str:
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        role.add_servicers(self._server)
+        worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerService(self), self._server)
+        host = self.config.worker.host
+        port = self._server.add_insecure_port(f"{host}:0")
+        await self._server.start()
+        return f"{host}:{port}"
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.worker.heartbeat_interval)
+            self.loop.post(self._role.tick)
+            self._publish_gauges()
+
+    def _publish_gauges(self) -> None:
+        self.metrics.running.set(self.scheduler.num_running)
+        self.metrics.waiting.set(self.scheduler.num_waiting)
+        self.metrics.set_blocks(self.pool.num_used, self.pool.num_cached, self.pool.num_blocks)
+        self.metrics.links.set(self.link_budget.num_open)
+
+
+class _WorkerService(worker_pb2_grpc.WorkerServicer):
+    """The controller's door."""
+
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        self._runtime = runtime
+
+    async def Status(  # noqa: N802 - named by the proto
+        self, request: worker_pb2.WorkerStatusRequest, context: object
+    ) -> cluster_pb2.WorkerStatus:
+        return self._runtime.status()
+
+    async def Adopt(  # noqa: N802
+        self, request: worker_pb2.AdoptRequest, context: object
+    ) -> worker_pb2.AdoptResponse:
+        await self._in_engine_thread(self._runtime.adopt, request.incarnation)
+        return worker_pb2.AdoptResponse(incarnation=self._runtime.incarnation)
+
+    async def CheckIntegrity(  # noqa: N802
+        self, request: worker_pb2.CheckIntegrityRequest, context: object
+    ) -> worker_pb2.CheckIntegrityResponse:
+        violations: list[str] = []
+
+        def check() -> None:
+            try:
+                self._runtime.pool.check_integrity()
+            except IntegrityError as error:
+                violations.extend(error.message.splitlines())
+
+        await self._in_engine_thread(check)
+        return worker_pb2.CheckIntegrityResponse(violations=violations)
+
+    async def _in_engine_thread(self, function: Callable[..., None], *args: object) -> None:
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+
+        def call() -> None:
+            try:
+                function(*args)
+            finally:
+                loop.call_soon_threadsafe(done.set)
+
+        self._runtime.loop.post(call)
+        await done.wait()
+
+
+class _Rate:
+    """Tokens per second over the last few seconds."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._count = 0
+        self._last = 0.0
+
+    def add(self, amount: int, now: float) -> None:
+        if now - self._began > _RATE_WINDOW_SECONDS:
+            self._last = self.per_second(now)
+            self._began, self._count = now, 0
+        self._count += amount
+
+    def per_second(self, now: float) -> float:
+        elapsed = now - self._began
+        if elapsed > 2 * _RATE_WINDOW_SECONDS:
+            return 0.0
+        return self._count / elapsed if elapsed > 1.0 else self._last
+
+
+def _default_threads(config: TandemConfig) -> int:
+    workers = config.controller.decode_workers
+    if config.worker.disaggregated:
+        workers += config.controller.prefill_workers
+    return max(1, (os.cpu_count() or 1) // workers)

@@ -1,0 +1,105 @@
+"""Promise 1 through the whole cluster: the tokens do not depend on how a request was served."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from local_cluster import Connect, MakeConfig, generate, local_cluster
+from tiny_models import ARCHITECTURES, make_tiny_model
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.cluster
+
+
+def reference_tokens(model_dir: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy float32 tokens of `transformers`."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=-1,
+            )
+        outputs.append(output[0, len(prompt) :].tolist())
+    return outputs
+
+
+def random_prompts(seed: int, lengths: list[int], vocab: int = 200) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, vocab) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_greedy_tokens_equal_transformers(
+    architecture: str, tmp_path: Path, make_config: MakeConfig, connect: Connect
+) -> None:
+    model_dir = make_tiny_model(architecture, tmp_path / architecture)
+    prompts = random_prompts(1, [1, 5, 16, 17, 33, 70])
+    expected = reference_tokens(model_dir, prompts, 12)
+    async with local_cluster(make_config(model_dir)) as cluster, connect(cluster) as dispatcher:
+        for round_ in ("cold", "prefix hits"):
+            calls = [
+                generate(dispatcher, f"{round_}-{i}", prompt, max_tokens=12, ignore_eos=True)
+                for i, prompt in enumerate(prompts)
+            ]
+            assert await asyncio.gather(*calls) == expected, round_
+        await cluster.assert_all_free()
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize("chunk_size", [1, 64])
+async def test_chunks_and_blocks_change_nothing(
+    block_size: int, chunk_size: int, tiny_llama: Path, make_config: MakeConfig, connect: Connect
+) -> None:
+    prompts = random_prompts(2, [1, 2, 63, 64, 65, 150])
+    expected = reference_tokens(tiny_llama, prompts, 8)
+    config = make_config(
+        cache={"block_size": block_size},
+        scheduler={"chunk_size": chunk_size, "max_batch_tokens": 80},
+    )
+    async with local_cluster(config) as cluster, connect(cluster) as dispatcher:
+        calls = [
+            generate(dispatcher, f"r{i}", prompt, max_tokens=8, ignore_eos=True)
+            for i, prompt in enumerate(prompts)
+        ]
+        assert await asyncio.gather(*calls) == expected
+        await cluster.assert_all_free()
+
+
+async def test_sampled_tokens_do_not_depend_on_how_they_were_served(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    """Disaggregated, colocated, alone, in a crowd, and under preemption: the same draws."""
+    prompts = random_prompts(3, [3, 20, 41, 90, 90, 12, 55, 70])
+    sampling = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 24, "ignore_eos": True}
+    runs = {
+        "disaggregated": make_config(),
+        "colocated": make_config(worker={"disaggregated": False}),
+        "preempted": make_config(cache={"num_blocks": 64}),
+    }
+    outputs = {}
+    for name, config in runs.items():
+        async with local_cluster(config) as cluster, connect(cluster) as dispatcher:
+            calls = [
+                generate(dispatcher, f"r{i}", prompt, seed=1000 + i, **sampling)
+                for i, prompt in enumerate(prompts)
+            ]
+            outputs[name] = await asyncio.gather(*calls)
+            await cluster.assert_all_free()
+            if name == "disaggregated":
+                alone = [
+                    await generate(dispatcher, f"a{i}", prompt, seed=1000 + i, **sampling)
+                    for i, prompt in enumerate(prompts)
+                ]
+                assert alone == outputs[name]
+    assert outputs["disaggregated"] == outputs["colocated"] == outputs["preempted"]
+    assert len({tuple(tokens) for tokens in outputs["colocated"]}) == len(prompts)

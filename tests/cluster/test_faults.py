@@ -1,0 +1,157 @@
+"""Promise 2: kill or freeze any one worker at any moment; no request fails, no token differs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+
+import pytest
+from local_cluster import Connect, LocalCluster, MakeConfig, generate, local_cluster, until_ready
+
+from tandem.core.request import Request
+from tandem.core.sampling import SamplingParams
+from tandem.gateway.dispatch import Dispatcher
+
+pytestmark = pytest.mark.cluster
+
+REQUESTS = 24
+NEW_TOKENS = 40
+
+
+def make_prompts(seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [
+        [rng.randrange(3, 200) for _ in range(rng.choice([3, 30, 120, 300, 500]))]
+        for _ in range(REQUESTS)
+    ]
+
+
+async def run_all(dispatcher: Dispatcher, tag: str, prompts: list[list[int]]) -> list[list[int]]:
+    """All prompts at once; every other one sampled with a seed."""
+    calls = [
+        generate(
+            dispatcher,
+            f"{tag}-{i}",
+            prompt,
+            max_tokens=NEW_TOKENS,
+            ignore_eos=True,
+            temperature=1.0 if i % 2 else 0.0,
+            seed=i,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    return await asyncio.gather(*calls)
+
+
+async def until_running(cluster: LocalCluster, name: str) -> None:
+    """Wait until a worker is in the middle of work."""
+    async with asyncio.timeout(20):
+        while not (await cluster.status(name)).running:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+async def test_a_worker_lost_at_any_moment_changes_no_output(
+    victim: str, number: signal.Signals, make_config: MakeConfig, connect: Connect
+) -> None:
+    prompts = make_prompts(7)
+    config = make_config(cache={"prefix_cache": False})
+    async with (
+        local_cluster(config, prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
+        expected = await run_all(dispatcher, "undisturbed", prompts)
+        for moment in ("at the start", "when it works", "later"):
+            running = asyncio.create_task(run_all(dispatcher, moment, prompts))
+            if moment != "at the start":
+                await until_running(cluster, victim)
+            if moment == "later":
+                await asyncio.sleep(0.2)
+            cluster.workers[victim].signal(number)
+            outputs = await asyncio.wait_for(running, 90)
+            assert outputs == expected, moment
+            await cluster.assert_all_free(set(cluster.workers) - {victim})
+            cluster.workers[victim].kill()
+            await cluster.add((cluster.workers[victim].role, victim))
+            await cluster.publish()
+            await until_ready(dispatcher)
+        assert dispatcher.in_flight == 0
+
+
+async def test_the_only_prefill_worker_dies_and_decode_goes_on_alone(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    prompts = make_prompts(8)
+    config = make_config(cache={"prefix_cache": False})
+    async with local_cluster(config) as cluster, connect(cluster) as dispatcher:
+        expected = await run_all(dispatcher, "undisturbed", prompts)
+        running = asyncio.create_task(run_all(dispatcher, "killed", prompts))
+        await until_running(cluster, "prefill-0")
+        cluster.workers["prefill-0"].kill()
+        assert await asyncio.wait_for(running, 90) == expected
+        await cluster.publish(["decode-0"])
+        assert await run_all(dispatcher, "without", prompts) == expected
+        await cluster.assert_all_free(["decode-0"])
+
+
+async def test_the_only_decode_worker_dies_and_its_replacement_finishes_the_streams(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    prompts = make_prompts(9)
+    async with local_cluster(make_config()) as cluster, connect(cluster) as dispatcher:
+        expected = await run_all(dispatcher, "undisturbed", prompts)
+        running = asyncio.create_task(run_all(dispatcher, "killed", prompts))
+        await until_running(cluster, "decode-0")
+        await asyncio.sleep(0.1)
+        cluster.workers["decode-0"].kill()
+        await cluster.add(("decode", "decode-0"))
+        await cluster.publish()
+        assert await asyncio.wait_for(running, 90) == expected
+        await cluster.assert_all_free()
+
+
+async def test_a_short_freeze_is_survived_by_everybody(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    """Long enough to be given up on, then it wakes with stale work and must do no harm."""
+    prompts = make_prompts(10)
+    config = make_config()
+    async with (
+        local_cluster(config, prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
+        expected = await run_all(dispatcher, "undisturbed", prompts)
+        for victim in ("decode-0", "prefill-0"):
+            running = asyncio.create_task(run_all(dispatcher, victim, prompts))
+            await until_running(cluster, victim)
+            cluster.workers[victim].signal(signal.SIGSTOP)
+            assert await asyncio.wait_for(running, 90) == expected
+            cluster.workers[victim].signal(signal.SIGCONT)
+            await cluster.assert_all_free()
+            assert await run_all(dispatcher, f"after-{victim}", prompts) == expected
+
+
+async def test_a_cancelled_request_frees_its_blocks_in_every_window(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    rng = random.Random(11)
+    config = make_config(worker={"heartbeat_interval": 0.1})
+    async with local_cluster(config) as cluster, connect(cluster) as dispatcher:
+
+        async def cancel_after(index: int, delay: float) -> None:
+            prompt = tuple(rng.randrange(3, 200) for _ in range(400))
+            params = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+            stream = dispatcher.generate(Request(f"c{index}", prompt, len(prompt), params))
+            try:
+                async with asyncio.timeout(delay):
+                    async for _ in stream:
+                        pass
+            except TimeoutError:
+                pass
+            await stream.aclose()
+
+        await asyncio.gather(*(cancel_after(i, 0.005 * i) for i in range(60)))
+        await cluster.assert_all_free()
+        assert dispatcher.in_flight == 0
