@@ -78,8 +78,7 @@ def gateway(
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Run one gateway against a controller, in the foreground. Many may run."""
-    from tandem.commands.gateway_process import die_with
-    from tandem.gateway.server import run_gateway
+    from tandem.commands.gateway_process import die_with, run_gateway
 
     die_with(parent)
     ports = serve_ports(config, dashboard=False)

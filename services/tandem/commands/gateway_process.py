@@ -6,6 +6,7 @@ in the terminal reaches it only through us, and the kernel kills it when we die.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -22,7 +23,7 @@ from tandem.config import ENV_PREFIX, dump_config
 from tandem.core.config import TandemConfig
 
 PR_SET_PDEATHSIG = 1
-STOP_TIMEOUT = 10.0
+STOP_TIMEOUT = 3.0
 LOG_TAIL_BYTES = 4096
 
 
@@ -80,18 +81,33 @@ class GatewayProcess:
         return lines[-1] if lines else ""
 
     def stop(self) -> None:
-        """End it in good order; kill it if that takes too long."""
-        if self._process is None or self._process.poll() is not None:
+        """End it: a moment for streams to finish, then they are cut, then it is killed."""
+        if self._process is None:
             return
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(timeout=STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is not None:
+                return
+            self._process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=STOP_TIMEOUT)
 
     def _open_log(self) -> IO[bytes] | None:
         return self._log_file.open("ab") if self._log_file is not None else None
+
+
+def run_gateway(config: TandemConfig, controller: str) -> None:
+    """Be a gateway until SIGTERM or SIGINT. Raises `ConfigError` if a port is not free."""
+    from tandem.controller.logs import configure_logging
+    from tandem.gateway.dispatch.dispatcher import Dispatcher
+    from tandem.gateway.metrics import GatewayMetrics
+    from tandem.gateway.server import GatewayServer
+    from tandem.gateway.targets import ClusterMetricsTargets
+
+    configure_logging(config.log_level)
+    metrics = GatewayMetrics()
+    dispatcher = Dispatcher(config.gateway, controller, metrics)
+    targets = ClusterMetricsTargets(controller)
+    GatewayServer(config.gateway, dispatcher, metrics, targets=targets).run()
 
 
 def die_with(parent: int) -> None:
