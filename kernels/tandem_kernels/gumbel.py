@@ -51,7 +51,8 @@ def uniform_bits(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
 def bits_to_gumbel(bits: Tensor, out: Tensor) -> None:
     """Fill `out` with -log(-log(1 - u)), u the upper 31 bits as a fraction in (0, 1).
 
-    Always finite. Noise is large where u is small; there a float32 keeps its full relative precision.
+    Always finite. Noise is large where u is small; there a float32 keeps its full relative
+    precision.
     """
     out.copy_((bits >> 1) & 0x7FFFFFFF)
     out.add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
