@@ -19,7 +19,6 @@ from tandem.transfer import Piece
 from tandem.v1 import worker_pb2
 from tandem.wire import position_logprobs_from_proto, request_to_prefill
 from tandem.worker.landing import LandingProgress
-from tandem.worker.layer_groups import layer_groups
 from tandem.worker.runtime import WorkerRuntime
 from tandem.worker.transfers import LandedPiece, TransferHolds
 
@@ -213,10 +212,9 @@ class Handoff:
         self._holds.take(leg.peer.name, leg.leg_id, "out", active.sequence)
         slots = runtime.engine.storage.slots(active.sequence.block_table, start, end)
         transfer.open_sends(leg.leg_id)
-        for first_layer, num_layers in layer_groups(
-            runtime.engine.spec.num_layers, runtime.config.transfer.layers_per_group
-        ):
-            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready=None))
+        ready = runtime.engine.record_event()
+        for first_layer, num_layers in runtime.engine.layer_groups:
+            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready))
         transfer.finish_sends(leg.leg_id)
 
     def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
