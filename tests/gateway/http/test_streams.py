@@ -170,3 +170,18 @@ async def test_a_crowd_of_which_a_third_leaves(http: httpx.AsyncClient, dispatch
         while dispatcher.active:
             await asyncio.sleep(0)
     assert len(dispatcher.requests) == 90
+
+
+async def test_further_choices_wait_for_the_first_token_of_their_prompt(
+    http: httpx.AsyncClient, dispatcher: Any
+) -> None:
+    """By then the prompt is in the prefix cache."""
+    dispatcher.pause_at = 0
+    body = {"prompt": [[5], [6]], "n": 3, "max_tokens": 2}
+    call = asyncio.create_task(http.post("/v1/completions", json=body))
+    await dispatcher.paused.wait()
+    await http.get("/health")
+    assert [request.token_ids for request in dispatcher.requests] == [(5,), (6,)]
+    dispatcher.resume.set()
+    assert len((await call).json()["choices"]) == 6
+    assert len(dispatcher.requests) == 6
