@@ -42,7 +42,7 @@ def expected_tokens(request: Request) -> list[int]:
 async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait until a condition holds; fail if it does not in time."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the conditions belong to others
+        while not condition():
             await asyncio.sleep(0.002)
 
 
