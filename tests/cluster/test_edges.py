@@ -14,13 +14,14 @@ import grpc
 import httpx
 import pytest
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
 from local_cluster import LocalCluster, MakeConfig, local_cluster
 from tandem.gateway.dispatch import Dispatcher
 from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.server import GatewayServer
 from tandem.v1 import inference_pb2 as pb
 from tandem.v1 import inference_pb2_grpc
-from tokenizers import decoders, models, pre_tokenizers
 
 pytestmark = pytest.mark.cluster
 

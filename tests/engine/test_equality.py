@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tandem.core.sampling import SamplingParams
-
 from tests.engine.conftest import TinyModel
 from tests.engine.driver import Driver, greedy, make_engine, request
+
+from tandem.core.sampling import SamplingParams
 from tiny_models import ARCHITECTURES
 
 NEW_TOKENS = 16

@@ -13,6 +13,8 @@ import httpx
 import pytest
 import structlog
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
 from tandem.core.config import GatewayConfig
 from tandem.core.errors import TandemError
 from tandem.core.request import FinishReason, PositionLogprobs, Request, TokenLogprob
@@ -22,7 +24,6 @@ from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.server import GatewayServer
 from tandem.gateway.service import InferenceService
 from tandem.gateway.text.tokenizer import Tokenizer, load_tokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from tandem_kernels import gumbel_noise, uniform_bits
 from tandem_kernels.gumbel import bits_to_gumbel
 

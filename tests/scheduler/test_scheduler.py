@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import InvalidRequestError, OverloadedError
 from tandem.core.request import Request

@@ -2,7 +2,8 @@
 
 Runs in the engine thread only. Keeps three promises: blocks are reserved late (when the prefill
 worker offers to start), they are never freed under a transfer (the leg's own hold ends with
-`receives_closed` / `sends_closed`), and what has landed is kept when the rest must come from elsewhere.
+`receives_closed` / `sends_closed`), and what has landed is kept when the rest must come from
+elsewhere.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Handoff:
     # -- what the worker asks for
 
     def begin(self, active: ActiveRequest, target: worker_pb2.PrefillTarget) -> None:
-        """Start a leg on `target`. A sequence that holds blocks keeps them and what landed there."""
+        """Start a leg on `target`. A sequence that holds blocks keeps them and what is in them."""
         peer = self._peer(target)
         sequence = active.sequence
         idle = not any(other.leg and other.leg.peer is peer for other in self._legs.values())

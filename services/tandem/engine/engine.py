@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import structlog
 import torch
-from tandem_kernels import RaggedBatch
 from torch import Tensor
 
 from tandem.core.config import CacheConfig, ModelConfig
@@ -28,6 +27,7 @@ from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.weights import Checkpoint, Progress
 from tandem.kvcache.storage import KVStorage, bytes_per_token
+from tandem_kernels import RaggedBatch
 
 log = structlog.get_logger(__name__)
 

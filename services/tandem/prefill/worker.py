@@ -184,7 +184,7 @@ class PrefillWorker:
     def _granted(self, leg: PrefillLeg, held_tokens: int) -> None:
         leg.phase = "granted"
         leg.held_tokens = held_tokens
-        # With tokens held elsewhere, what is computed here starts only after the prefix is in place.
+        # With tokens held elsewhere, compute starts only after the prefix is in place here.
         leg.sequence.remote = held_tokens > 0
         try:
             self._runtime.scheduler.add(leg.sequence)

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 import tandem
 from tandem.core.config import GatewayConfig
 from tandem.gateway.http.app import create_app

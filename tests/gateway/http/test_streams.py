@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from tandem.core.errors import UnavailableError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
