@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.engine.conftest import TinyModel
+from tests.engine.driver import Driver, greedy, make_engine, request
+
 from tandem.core.config import CacheConfig, ModelConfig
 from tandem.core.errors import ConfigError
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine import Engine, IterationOutput, LayerGroup
-
-from tests.engine.conftest import TinyModel
-from tests.engine.driver import Driver, greedy, make_engine, request
 
 PROMPTS = {"a": [3, 9, 27, 81], "b": list(range(40)), "c": [200], "d": list(range(90, 20, -1))}
 SAMPLING = {
@@ -108,7 +108,9 @@ def test_layer_groups_are_announced_once_their_kv_is_written(
         assert group.ready is None
         seen.append((group.first_layer, group.num_layers))
         end = group.first_layer + group.num_layers
-        assert engine.storage.pack(0, end, slots).abs().amin((3, 4)).all()
+        packed = engine.storage.pack(0, end, slots)
+        assert packed.abs().amin((3, 4)).all()
+        assert not packed.is_inference()  # or no other thread could fill it again
         assert not engine.storage.kv[end:].any()
 
     output = engine.run(IterationPlan((ScheduledChunk(seq, 0, 9),)), on_layers)

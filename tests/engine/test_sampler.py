@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
 from tandem.engine.sampler import Sampler
-from torch import Tensor
 
 VOCAB = 24
 EOS = (5, 6)
@@ -155,6 +156,13 @@ def test_min_tokens_forbids_whatever_could_stop() -> None:
     for ignore_eos in (False, True):
         assert draw(logits, [make_sequence(output=(9,), ignore_eos=ignore_eos, **params)]) == [8]
     assert draw(logits, [make_sequence(output=(9, 9), **params)]) == [EOS[0]]
+
+
+def test_whole_numbers_are_numbers() -> None:
+    """A client's JSON may say 1 where it means 1.0."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 1.0]])
+    seq = make_sequence(temperature=1, top_p=1, min_p=1, presence_penalty=2, logit_bias={0: 9})
+    assert draw(logits, [seq]) == [0]
 
 
 def test_bias_comes_before_penalties() -> None:

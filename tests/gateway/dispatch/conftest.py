@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 import pytest_asyncio
+
 from tandem.core.config import GatewayConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
