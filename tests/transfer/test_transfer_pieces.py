@@ -52,6 +52,7 @@ def test_bytes_land_in_exactly_the_right_blocks(
     assert len(target.events.landed) == pieces
     assert source.events.send_error(1) is None
     assert torch.equal(target.blocks.kv.cpu(), expected)
+    pair.close()
     stats = pair.far.stats()
     assert stats.pieces_landed == pieces == pair.near.stats().pieces_sent
     assert stats.bytes_received == target.events.landed_bytes == pair.near.stats().bytes_sent
