@@ -35,7 +35,8 @@ def make_prompts(seed: int) -> list[list[int]]:
 
 
 async def run_all(dispatcher: Dispatcher, tag: str, prompts: list[list[int]]) -> list[list[int]]:
-    """All prompts at once; every other one sampled with a seed."""
+    """All prompts at once: greedy ones, sampled ones, and ones whose past weighs on each draw."""
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}
     calls = [
         generate(
             dispatcher,
@@ -45,6 +46,7 @@ async def run_all(dispatcher: Dispatcher, tag: str, prompts: list[list[int]]) ->
             ignore_eos=True,
             temperature=1.0 if i % 2 else 0.0,
             seed=i,
+            **(penalties if i % 3 == 0 else {}),
         )
         for i, prompt in enumerate(prompts)
     ]

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import grpc.aio
+import httpx
 
 from tandem.core.config import TandemConfig
 from tandem.core.request import Request
@@ -163,6 +164,14 @@ class LocalCluster:
                 worker_pb2.CheckIntegrityRequest(), timeout=10
             )
             return list(answer.violations)
+
+    async def metric(self, name: str, series: str) -> float:
+        """Return the value of one series of a worker, given as it stands in its exposition."""
+        address = self.workers[name].endpoint.metrics_address
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"http://{address}/metrics")).text
+        values = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(series)]
+        return sum(map(float, values))
 
     async def assert_all_free(self, names: Iterable[str] | None = None) -> None:
         """Every block of the named workers becomes free, and the pools are whole."""
