@@ -16,7 +16,8 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
     pytest.importorskip("grpc_tools")
     bin_dir = Path(sys.executable).parent
     plugins = [
-        f"--plugin=protoc-gen-{name}={bin_dir / f'protoc-gen-{name}'}" for name in ("mypy", "mypy_grpc")
+        f"--plugin=protoc-gen-{name}={bin_dir / f'protoc-gen-{name}'}"
+        for name in ("mypy", "mypy_grpc")
     ]
     outputs = ["python_out=", "grpc_python_out=", "mypy_out=quiet:", "mypy_grpc_out=quiet:"]
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", *plugins]
@@ -26,4 +27,6 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
     assert generated
     for fresh in generated:
         checked_in = ROOT / "services/tandem/v1" / fresh.name
-        assert checked_in.read_text() == fresh.read_text(), f"{fresh.name} is stale: run `make proto`"
+        assert checked_in.read_text() == fresh.read_text(), (
+            f"{fresh.name} is stale: run `make proto`"
+        )

@@ -45,7 +45,9 @@ def read_json(directory: Path, name: str, *, required: bool = True) -> dict[str,
     path = directory / name
     if not path.is_file():
         if required:
-            raise ModelLoadError(f"{directory}: {name} is missing; a Hugging Face model directory has one")
+            raise ModelLoadError(
+                f"{directory}: {name} is missing; a Hugging Face model directory has one"
+            )
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

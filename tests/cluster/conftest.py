@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from local_cluster import LocalCluster
+from local_cluster import Connect, LocalCluster, MakeConfig, Recorder, until_ready
 from tiny_models import make_tiny_model
 
 from tandem.core.config import TandemConfig
 from tandem.gateway.dispatch import Dispatcher
-
-MakeConfig = Callable[..., TandemConfig]
-Connect = Callable[[LocalCluster], AbstractAsyncContextManager[Dispatcher]]
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +50,15 @@ def connect() -> Connect:
 
     @asynccontextmanager
     async def connected(cluster: LocalCluster) -> AsyncIterator[Dispatcher]:
-        dispatcher = Dispatcher(cluster.config.gateway, cluster.controller_address)
+        observer = Recorder()
+        dispatcher = Dispatcher(
+            cluster.config.gateway, cluster.controller_address, observer, seed=0
+        )
         await dispatcher.start()
         try:
-            await dispatcher.wait_ready(timeout=20)
+            await until_ready(dispatcher)
             yield dispatcher
         finally:
-            await dispatcher.stop()
+            await dispatcher.close()
 
     return connected

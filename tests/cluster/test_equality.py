@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Connect, MakeConfig
-from local_cluster import generate, local_cluster
-from tiny_models import TINY_ARCHITECTURES, make_tiny_model
+from local_cluster import Connect, MakeConfig, generate, local_cluster
+from tiny_models import ARCHITECTURES, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.cluster
@@ -39,7 +38,7 @@ def random_prompts(seed: int, lengths: list[int], vocab: int = 200) -> list[list
     return [[rng.randrange(3, vocab) for _ in range(length)] for length in lengths]
 
 
-@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 async def test_greedy_tokens_equal_transformers(
     architecture: str, tmp_path: Path, make_config: MakeConfig, connect: Connect
 ) -> None:
@@ -64,7 +63,8 @@ async def test_chunks_and_blocks_change_nothing(
     prompts = random_prompts(2, [1, 2, 63, 64, 65, 150])
     expected = reference_tokens(tiny_llama, prompts, 8)
     config = make_config(
-        cache={"block_size": block_size}, scheduler={"chunk_size": chunk_size, "max_batch_tokens": 80}
+        cache={"block_size": block_size},
+        scheduler={"chunk_size": chunk_size, "max_batch_tokens": 80},
     )
     async with local_cluster(config) as cluster, connect(cluster) as dispatcher:
         calls = [

@@ -7,8 +7,7 @@ import random
 import signal
 
 import pytest
-from conftest import Connect, MakeConfig
-from local_cluster import LocalCluster, generate, local_cluster
+from local_cluster import Connect, LocalCluster, MakeConfig, generate, local_cluster, until_ready
 
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
@@ -59,7 +58,10 @@ async def test_a_worker_lost_at_any_moment_changes_no_output(
 ) -> None:
     prompts = make_prompts(7)
     config = make_config(cache={"prefix_cache": False})
-    async with local_cluster(config, prefill=2, decode=2) as cluster, connect(cluster) as dispatcher:
+    async with (
+        local_cluster(config, prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
         expected = await run_all(dispatcher, "undisturbed", prompts)
         for moment in ("at the start", "when it works", "later"):
             running = asyncio.create_task(run_all(dispatcher, moment, prompts))
@@ -74,7 +76,7 @@ async def test_a_worker_lost_at_any_moment_changes_no_output(
             cluster.workers[victim].kill()
             await cluster.add((cluster.workers[victim].role, victim))
             await cluster.publish()
-            await dispatcher.wait_ready(timeout=20)
+            await until_ready(dispatcher)
         assert dispatcher.in_flight == 0
 
 
@@ -116,7 +118,10 @@ async def test_a_short_freeze_is_survived_by_everybody(
     """Long enough to be given up on, then it wakes with stale work and must do no harm."""
     prompts = make_prompts(10)
     config = make_config()
-    async with local_cluster(config, prefill=2, decode=2) as cluster, connect(cluster) as dispatcher:
+    async with (
+        local_cluster(config, prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
         expected = await run_all(dispatcher, "undisturbed", prompts)
         for victim in ("decode-0", "prefill-0"):
             running = asyncio.create_task(run_all(dispatcher, victim, prompts))

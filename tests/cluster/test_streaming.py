@@ -6,7 +6,7 @@ import threading
 
 import grpc.aio
 import pytest
-from conftest import MakeConfig
+from local_cluster import MakeConfig
 
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
@@ -33,7 +33,10 @@ async def test_the_last_chunk_is_computed_only_after_the_first_one_landed(
     def note_landed(self, peer, piece):
         landed(self, peer, piece)
         order.append(f"landed {piece.start}")
-        if piece.start == 0 and piece.first_layer + piece.num_layers == self._runtime.engine.spec.num_layers:
+        if (
+            piece.start == 0
+            and piece.first_layer + piece.num_layers == self._runtime.engine.spec.num_layers
+        ):
             first_landed.set()
 
     def hold_last_chunk(self, plan, on_layers=None):

@@ -170,6 +170,20 @@ def test_the_youngest_is_preempted_and_comes_back_at_the_front() -> None:
     assert next(iter(scheduler.waiting)) is young
 
 
+def test_a_victim_whose_turn_to_decode_was_still_to_come_is_not_planned() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(old := make_seq(0, 7))
+    scheduler.add(young := make_seq(1, 1, remote=True))
+    while old.num_tokens < 3 * BLOCK + 1:
+        assert step(scheduler).preempted == ()
+    scheduler.fall_back(young)
+    assert young.num_uncomputed == 1
+    plan = step(scheduler)
+    assert plan.preempted == (young,)
+    assert lengths(plan) == {0: 1}
+    assert young.block_table == []
+
+
 def test_a_preempted_sequence_recomputes_prompt_and_outputs_and_goes_on() -> None:
     scheduler = make_scheduler(num_blocks=6, max_batch_tokens=32, chunk_size=32)
     scheduler.add(old := make_seq(0, 7))
@@ -270,6 +284,17 @@ def test_received_kv_is_joined_and_decodes_in_the_next_iteration() -> None:
     assert (seq.phase, seq.remote) == ("running", False)
     assert len(scheduler.pool.match_prefix(seq.block_hashes)) == 3
     assert [(c.start, c.length) for c in scheduler.schedule().chunks] == [(3 * BLOCK, 1)]
+
+
+def test_the_block_of_the_newest_token_is_findable_once_its_sequence_joins() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(seq := make_seq(0, 2 * BLOCK, remote=True))
+    scheduler.schedule()
+    scheduler.landed(seq, 2 * BLOCK)
+    assert len(scheduler.pool.match_prefix(seq.block_hashes)) == 1
+    scheduler.append(seq, 7)
+    scheduler.join(seq)
+    assert len(scheduler.pool.match_prefix(seq.block_hashes)) == 2
 
 
 def test_a_landed_prefix_is_shared_before_the_rest_arrives() -> None:

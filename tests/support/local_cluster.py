@@ -10,8 +10,8 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -26,6 +26,11 @@ from tandem.gateway.dispatch import Dispatcher
 from tandem.prefill.worker import PrefillWorker
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tandem.worker.runtime import WorkerEndpoint
+
+MakeConfig = Callable[..., TandemConfig]
+"""The `make_config` fixture: overrides by section in, a configuration for small tests out."""
+Connect = Callable[["LocalCluster"], AbstractAsyncContextManager[Dispatcher]]
+"""The `connect` fixture."""
 
 _START_SECONDS = 60.0
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
@@ -86,13 +91,11 @@ class _Membership(cluster_pb2_grpc.ClusterServicer):
             self.current = membership
             self.changed.notify_all()
 
-    async def Watch(self, request, context):  # noqa: ANN001, ANN201, N802
-        sent = 0
+    async def Watch(self, request, context):  # noqa: N802
         while True:
+            yield (sent := self.current)
             async with self.changed:
-                await self.changed.wait_for(lambda: self.current.version > sent)
-                sent, current = self.current.version, self.current
-            yield current
+                await self.changed.wait_for(lambda sent=sent: self.current is not sent)
 
 
 @dataclass
@@ -194,6 +197,27 @@ async def local_cluster(
     finally:
         await cluster.stop()
         await server.stop(grace=None)
+
+
+class Recorder:
+    """A `DispatchObserver` that remembers why requests moved."""
+
+    def __init__(self) -> None:
+        self.causes: list[str] = []
+        self.stale: list[str] = []
+
+    def recovered(self, cause: str) -> None:
+        self.causes.append(cause)
+
+    def stale_refused(self, kind: str) -> None:
+        self.stale.append(kind)
+
+
+async def until_ready(dispatcher: Dispatcher, seconds: float = 20) -> None:
+    """Wait until the dispatcher has a decode worker that takes requests."""
+    async with asyncio.timeout(seconds):
+        while not dispatcher.ready:
+            await asyncio.sleep(0.01)
 
 
 async def generate(

@@ -43,20 +43,32 @@ class SchedulerConfig(_Frozen):
     """Limits of one worker's iterations."""
 
     max_batch_tokens: int = Field(512, ge=1, description="token budget of one iteration")
-    chunk_size: int = Field(256, ge=1, description="most prompt tokens of one sequence per iteration")
+    chunk_size: int = Field(
+        256, ge=1, description="most prompt tokens of one sequence per iteration"
+    )
     max_running: int = Field(128, ge=1, description="sequences that hold blocks at once")
-    max_waiting: int = Field(1024, ge=1, description="bound of the queue; past it requests are refused")
+    max_waiting: int = Field(
+        1024, ge=1, description="bound of the queue; past it requests are refused"
+    )
 
 
 class TransferConfig(_Frozen):
     """KV links between two workers."""
 
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, else gloo")
-    layers_per_group: int = Field(0, ge=0, description="layers per KV send; 0: four groups per chunk")
-    max_links: int = Field(32, ge=1, description="open links per worker; idle ones are evicted past it")
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        "auto", description="auto: nccl on CUDA, else gloo"
+    )
+    layers_per_group: int = Field(
+        0, ge=0, description="layers per KV send; 0: four groups per chunk"
+    )
+    max_links: int = Field(
+        32, ge=1, description="open links per worker; idle ones are evicted past it"
+    )
     connect_timeout: Seconds = Field(10.0, description="seconds to open a link")
     transfer_timeout: Seconds = Field(30.0, description="seconds for one announced piece to arrive")
-    max_retries: int = Field(3, ge=0, description="times a broken link is rebuilt before its legs fail")
+    max_retries: int = Field(
+        3, ge=0, description="times a broken link is rebuilt before its legs fail"
+    )
 
 
 class WorkerConfig(_Frozen):
@@ -64,9 +76,16 @@ class WorkerConfig(_Frozen):
 
     host: str = Field("127.0.0.1", description="address that peers reach this worker at")
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: cores / workers")
-    heartbeat_interval: Seconds = Field(0.5, description="seconds between heartbeats on every stream")
+    heartbeat_interval: Seconds = Field(
+        0.5, description="seconds between heartbeats on every stream"
+    )
     peer_timeout: Seconds = Field(5.0, description="silence after which a peer counts as frozen")
-    progress_timeout: Seconds = Field(60.0, description="seconds without an iteration while work waits")
+    progress_timeout: Seconds = Field(
+        60.0, description="seconds without an iteration while work waits"
+    )
+    queue_timeout: Seconds = Field(
+        120.0, description="seconds a request may wait for its first iteration"
+    )
     reassign_timeout: Seconds = Field(
         5.0, description="seconds to wait for another prefill worker before prefilling locally"
     )
@@ -99,8 +118,12 @@ class GatewayConfig(_Frozen):
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="largest request body")
     max_n: int = Field(16, ge=1, description="largest n of a request")
     max_attempts: int = Field(5, ge=1, description="times a request is dispatched before it fails")
-    worker_timeout: Seconds = Field(5.0, description="silence after which a decode worker counts as frozen")
-    progress_timeout: Seconds = Field(60.0, description="seconds without an iteration while it has work")
+    worker_timeout: Seconds = Field(
+        5.0, description="silence after which a decode worker counts as frozen"
+    )
+    progress_timeout: Seconds = Field(
+        60.0, description="seconds without an iteration while it has work"
+    )
     no_worker_timeout: Seconds = Field(
         30.0, description="seconds a request in flight waits for a decode worker to come back"
     )
@@ -111,13 +134,17 @@ class ControllerConfig(_Frozen):
     """The pools and who watches them."""
 
     host: str = Field("127.0.0.1", description="address of the controller's gRPC server")
-    port: Port = Field(50050, description="port of the controller's gRPC server; 0 picks a free one")
+    port: Port = Field(
+        50050, description="port of the controller's gRPC server; 0 picks a free one"
+    )
     prefill_workers: int = Field(1, ge=0, description="workers in the prefill pool")
     decode_workers: int = Field(1, ge=1, description="workers in the decode pool")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves per worker")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that Ray reserves per worker")
     heartbeat_interval: Seconds = Field(0.5, description="seconds between probes of a worker")
-    worker_timeout: Seconds = Field(5.0, description="silence after which a worker counts as frozen")
+    worker_timeout: Seconds = Field(
+        5.0, description="silence after which a worker counts as frozen"
+    )
     replace_after: Seconds = Field(
         30.0, description="seconds that a frozen worker may take to wake before it is replaced"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from tandem.core.request import PositionLogprobs, Request
@@ -75,3 +77,12 @@ class ActiveRequest:
         """Whether prompt logprobs are asked for and not delivered yet."""
         asked = self.request.sampling.prompt_logprobs is not None
         return asked and self.sequence.num_output_tokens == 0
+
+    def add_prompt_logprobs(self, start: int, entries: Iterable[PositionLogprobs]) -> None:
+        """Take the logprobs that came out of computing tokens from `start` on.
+
+        Entry i speaks of position start + 1 + i; positions that have come before are skipped, as
+        when a chunk is computed a second time.
+        """
+        have = len(self.prompt_logprobs)
+        self.prompt_logprobs.extend(islice(entries, max(0, have - start), None))

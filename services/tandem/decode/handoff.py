@@ -29,6 +29,9 @@ log = structlog.get_logger(__name__)
 class HandoffOwner(Protocol):
     """What the hand-over tells the worker about a request. Engine thread."""
 
+    def enqueue(self, active: ActiveRequest) -> None:
+        """Put its sequence into the scheduler's queue, where it waits for blocks."""
+
     def token(self, active: ActiveRequest, sampled: SampledToken) -> None:
         """The prefill worker sampled the first token of this leg."""
 
@@ -65,7 +68,7 @@ class Handoff:
         elif idle:
             # The peer would offer at once: reserve now and let the request carry its grant.
             leg.phase = "offered"
-            self._runtime.scheduler.add(sequence)
+            self._owner.enqueue(active)
         else:
             self._ask(active, leg, held_tokens=None)
 
@@ -134,9 +137,9 @@ class Handoff:
     def piece_landed(self, peer: PrefillPeer, piece: LandedPiece) -> None:
         """KV of some tokens in some layers is in its blocks."""
         active = self._legs.get(piece.leg_id)
-        if active is None or active.leg is None or active.leg.landing is None:
+        leg = active.leg if active is not None else None
+        if active is None or leg is None or leg.landing is None:
             return
-        leg = active.leg
         leg.landing.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
         leg.transfer_seconds += piece.seconds
         leg.kv_bytes += piece.num_bytes
@@ -178,7 +181,7 @@ class Handoff:
     def _offered(self, active: ActiveRequest, leg: Leg) -> None:
         if leg.phase == "asked":
             leg.phase = "offered"
-            self._runtime.scheduler.add(active.sequence)
+            self._owner.enqueue(active)
 
     def _grant(self, active: ActiveRequest, leg: Leg) -> None:
         """Blocks are reserved: expect the KV of all tokens past those that are held."""
@@ -195,9 +198,7 @@ class Handoff:
         else:
             self._ask(active, leg, held_tokens=held)
 
-    def _started(
-        self, active: ActiveRequest, leg: Leg, started: worker_pb2.PrefillStarted
-    ) -> None:
+    def _started(self, active: ActiveRequest, leg: Leg, started: worker_pb2.PrefillStarted) -> None:
         if active.started_at is None:
             active.started_at = time.monotonic()
         if active.cached_tokens is None:
@@ -215,25 +216,24 @@ class Handoff:
         for first_layer, num_layers in layer_groups(
             runtime.engine.spec.num_layers, runtime.config.transfer.layers_per_group
         ):
-            transfer.send(
-                Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready=None)
-            )
+            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready=None))
         transfer.finish_sends(leg.leg_id)
 
     def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
         if not active.wants_prompt_logprobs:
             return
-        have = len(active.prompt_logprobs)
-        skip = max(0, have - chunk.start)  # entry i of a chunk speaks of position start + 1 + i
-        entries = chunk.prompt_logprobs[skip:]
-        active.prompt_logprobs.extend(position_logprobs_from_proto(entry) for entry in entries)
+        active.add_prompt_logprobs(
+            chunk.start, map(position_logprobs_from_proto, chunk.prompt_logprobs)
+        )
         active.logprobs_covered = max(active.logprobs_covered, chunk.start + chunk.num_tokens)
         self._note_landed(active, leg)
 
     def _done(self, active: ActiveRequest, leg: Leg, done: worker_pb2.PrefillDone) -> None:
         leg.first_token_at = time.monotonic()
         self._runtime.metrics.observe_stage("prefill", done.prefill_seconds)
-        logprobs = position_logprobs_from_proto(done.logprobs) if done.HasField("logprobs") else None
+        logprobs = (
+            position_logprobs_from_proto(done.logprobs) if done.HasField("logprobs") else None
+        )
         self._owner.token(active, SampledToken(done.token_id, logprobs))
         if active.leg is leg:
             self._complete(active, leg)

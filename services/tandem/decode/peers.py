@@ -15,7 +15,6 @@ import grpc.aio
 import structlog
 
 from tandem.core.errors import DeadlineExceededError
-from tandem.transfer import PeerTransfer
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.worker.event_loop import Outbox
 from tandem.worker.liveness import ProgressWatch
@@ -55,15 +54,8 @@ class PrefillPeer:
         self._runtime = runtime
         self._handler = handler
         self._outbox: Outbox[worker_pb2.DecodeToPrefill] = Outbox(runtime.events.loop)
-        self.transfer = PeerTransfer(
-            storage=runtime.engine.storage,
-            spec=runtime.kv_spec(),
-            config=runtime.config.transfer,
-            send_control=self._send_link,
-            events=PostedEvents(runtime.loop, handler, self),
-            peer_name=target.name,
-            budget=runtime.link_budget,
-            host=runtime.config.worker.host,
+        self.transfer = runtime.peer_transfer(
+            target.name, self._send_link, PostedEvents(runtime.loop, handler, self)
         )
         self._task = runtime.events.spawn(self._run())
 
@@ -96,7 +88,9 @@ class PrefillPeer:
             self.lost = True
             self._outbox.close()
             self.transfer.close()
-            log.warning("prefill worker lost", worker=self._runtime.name, peer=self.name, reason=reason)
+            log.warning(
+                "prefill worker lost", worker=self._runtime.name, peer=self.name, reason=reason
+            )
             self._runtime.loop.post(self._handler.peer_lost, self, reason)
 
     async def _messages(self) -> AsyncIterator[worker_pb2.DecodeToPrefill]:
@@ -105,7 +99,7 @@ class PrefillPeer:
             name=runtime.name,
             incarnation=runtime.incarnation,
             expected_incarnation=self.incarnation,
-            kv_spec=runtime.kv_spec(),
+            kv_spec=runtime.kv_spec,
         )
         yield worker_pb2.DecodeToPrefill(hello=hello)
         async for message in self._outbox:
@@ -130,7 +124,9 @@ class PrefillPeer:
                     self.transfer.handle(message.link)
                 case "heartbeat":
                     beat = message.heartbeat
-                    watch.observe(beat.iterations, beat.running + beat.waiting > 0, time.monotonic())
+                    watch.observe(
+                        beat.iterations, beat.running + beat.waiting > 0, time.monotonic()
+                    )
                 case "hello":
                     log.info("prefill worker connected", worker=self._runtime.name, peer=self.name)
                 case _:

@@ -82,7 +82,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._runtime = runtime
         self._handler = handler
 
-    async def Serve(  # type: ignore[override]  # noqa: N802 - named by the proto
+    async def Serve(  # noqa: N802 - named by the proto
         self,
         request_iterator: AsyncIterator[worker_pb2.GatewayMessage],
         context: grpc.aio.ServicerContext[worker_pb2.GatewayMessage, worker_pb2.DecodeMessage],

@@ -87,7 +87,11 @@ class DecodeWorker:
     def reassign(self, session: GatewaySession, message: worker_pb2.Reassign) -> None:
         """The answer to NeedPrefill: another prefill worker, or none."""
         active = self._active.get((message.request_id, message.attempt))
-        if active is None or active.session is not session or not active.awaiting_reassign_since:
+        if (
+            active is None
+            or active.session is not session
+            or active.awaiting_reassign_since is None
+        ):
             self._runtime.metrics.stale.inc()
             return
         active.awaiting_reassign_since = None
@@ -116,14 +120,17 @@ class DecodeWorker:
         return bool(plan.chunks or plan.preempted or plan.admitted)
 
     def tick(self) -> None:
-        """Go on locally where the gateway did not name another prefill worker in time."""
-        late = time.monotonic() - self._runtime.config.worker.reassign_timeout
+        """Apply the deadlines of the queue and of a reassignment."""
+        now, config = time.monotonic(), self._runtime.config.worker
         for active in list(self._active.values()):
-            if active.awaiting_reassign_since and active.awaiting_reassign_since < late:
-                log.warning("no reassignment came, prefilling here", request=active.request.request_id)
-                active.awaiting_reassign_since = None
-                active.target = None
+            since = active.awaiting_reassign_since
+            if since is not None and now - since > config.reassign_timeout:
+                log.warning("no reassignment came, prefilling here", request=active.key[0])
+                active.awaiting_reassign_since = active.target = None
                 self._prefill(active)
+            elif active.started_at is None and now - active.submitted_at > config.queue_timeout:
+                waited = f"{now - active.submitted_at:.0f} s"
+                self._refuse(active, OverloadedError(f"waited {waited} for {self._runtime.name}"))
 
     def drop_everything(self) -> None:
         """Forget every request, gateway and peer."""
@@ -134,6 +141,13 @@ class DecodeWorker:
         self._handoff.close()
 
     # -- what the hand-over says
+
+    def enqueue(self, active: ActiveRequest) -> None:
+        """Let a request wait for blocks; a full queue is its end here."""
+        try:
+            self._runtime.scheduler.add(active.sequence)
+        except TandemError as error:
+            self._refuse(active, error)
 
     def token(self, active: ActiveRequest, sampled: SampledToken) -> None:
         """Append a sampled token, emit it, and finish the request if it was the last."""
@@ -165,7 +179,9 @@ class DecodeWorker:
     def _accept(self, session: GatewaySession, message: worker_pb2.Submit) -> ActiveRequest:
         request = request_from_submit(message)
         if (request.request_id, request.attempt) in self._active:
-            raise StaleError(f"request {request.request_id} attempt {request.attempt} is here already")
+            raise StaleError(
+                f"request {request.request_id} attempt {request.attempt} is here already"
+            )
         self._runtime.scheduler.check_fits(request)
         limits = self._runtime.config.scheduler
         if len(self._active) >= limits.max_running + limits.max_waiting:
@@ -176,16 +192,16 @@ class DecodeWorker:
 
     def _prefill(self, active: ActiveRequest) -> None:
         """Send a sequence where the KV of its tokens is to be made."""
-        sequence, scheduler = active.sequence, self._runtime.scheduler
+        sequence = active.sequence
         if active.target is not None and self._is_worth_remote(sequence):
             self._handoff.begin(active, active.target)
             return
         active.prefill_worker = ""
         sequence.remote = False
         if sequence.phase == "receiving":
-            scheduler.fall_back(sequence)
+            self._runtime.scheduler.fall_back(sequence)
         else:
-            scheduler.add(sequence)
+            self.enqueue(active)
 
     def _is_worth_remote(self, sequence: Sequence) -> bool:
         config = self._runtime.config.worker
@@ -217,20 +233,23 @@ class DecodeWorker:
             self._fail((chunk.sequence for chunk in plan.chunks), error)
             return
         runtime.scheduler.advance(plan)
-        for sequence, logprobs in output.prompt_logprobs.items():
-            self._by_sequence[sequence].prompt_logprobs.extend(logprobs)
         for chunk in plan.chunks:
             runtime.count_tokens("decode" if chunk.length == 1 else "prefill", chunk.length)
+            logprobs = output.prompt_logprobs.get(chunk.sequence)
+            if logprobs:
+                self._by_sequence[chunk.sequence].add_prompt_logprobs(chunk.start, logprobs)
         for sequence, sampled in output.tokens.items():
             self.token(self._by_sequence[sequence], sampled)
 
     def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        cause = UnavailableError(f"{self._runtime.name}: forward pass failed: {error}")
         for sequence in list(sequences):
-            active = self._by_sequence[sequence]
-            request = active.request
-            cause = UnavailableError(f"{self._runtime.name}: forward pass failed: {error}")
-            self._end(active, "failed", None)
-            active.session.fail(error_to_failed(cause, request.request_id, request.attempt))
+            self._refuse(self._by_sequence[sequence], cause)
+
+    def _refuse(self, active: ActiveRequest, error: TandemError) -> None:
+        request = active.request
+        self._end(active, "failed", None)
+        active.session.fail(error_to_failed(error, request.request_id, request.attempt))
 
     def _emit(
         self,

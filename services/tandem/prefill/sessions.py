@@ -11,7 +11,7 @@ import grpc.aio
 import structlog
 
 from tandem.core.errors import TandemError
-from tandem.transfer import PeerTransfer, check_kv_spec
+from tandem.transfer import check_kv_spec
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.worker.event_loop import Outbox
 from tandem.worker.liveness import check_incarnation
@@ -43,15 +43,8 @@ class DecodePeer:
     ) -> None:
         self.name = f"{hello.name}@{hello.incarnation}"
         self.outbox: Outbox[worker_pb2.PrefillToDecode] = Outbox(runtime.events.loop)
-        self.transfer = PeerTransfer(
-            storage=runtime.engine.storage,
-            spec=runtime.kv_spec(),
-            config=runtime.config.transfer,
-            send_control=self._send_link,
-            events=PostedEvents(runtime.loop, handler, self),
-            peer_name=hello.name,
-            budget=runtime.link_budget,
-            host=runtime.config.worker.host,
+        self.transfer = runtime.peer_transfer(
+            hello.name, self._send_link, PostedEvents(runtime.loop, handler, self)
         )
 
     def send(self, message: worker_pb2.PrefillToDecode) -> None:
@@ -73,7 +66,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         self._runtime = runtime
         self._handler = handler
 
-    async def Serve(  # type: ignore[override]  # noqa: N802 - named by the proto
+    async def Serve(  # noqa: N802 - named by the proto
         self,
         request_iterator: AsyncIterator[worker_pb2.DecodeToPrefill],
         context: grpc.aio.ServicerContext[worker_pb2.DecodeToPrefill, worker_pb2.PrefillToDecode],
@@ -83,9 +76,11 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         hello = (await anext(messages)).hello
         try:
             check_incarnation(runtime.name, hello.expected_incarnation, runtime.incarnation)
-            check_kv_spec(runtime.kv_spec(), hello.kv_spec)
+            check_kv_spec(runtime.kv_spec, hello.kv_spec)
         except TandemError as error:
-            log.warning("decode worker refused", worker=runtime.name, peer=hello.name, reason=str(error))
+            log.warning(
+                "decode worker refused", worker=runtime.name, peer=hello.name, reason=str(error)
+            )
             runtime.metrics.stale.inc()
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
         peer = DecodePeer(hello, runtime, self._handler)
@@ -110,7 +105,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
     def _hello(self) -> worker_pb2.PrefillToDecode:
         runtime = self._runtime
         hello = worker_pb2.PeerHello(
-            name=runtime.name, incarnation=runtime.incarnation, kv_spec=runtime.kv_spec()
+            name=runtime.name, incarnation=runtime.incarnation, kv_spec=runtime.kv_spec
         )
         return worker_pb2.PrefillToDecode(hello=hello)
 
@@ -124,7 +119,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                 message = await asyncio.wait_for(anext(messages), timeout)
                 self._apply(peer, message)
         except TimeoutError:
-            log.warning("decode worker silent", worker=self._runtime.name, peer=peer.name, seconds=timeout)
+            log.warning(
+                "decode worker silent", worker=self._runtime.name, peer=peer.name, seconds=timeout
+            )
         except StopAsyncIteration:
             pass
         finally:

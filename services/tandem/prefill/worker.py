@@ -305,10 +305,12 @@ class PrefillWorker:
         """Every group of layers, already computed."""
         ready = None
         if self._runtime.device.startswith("cuda"):
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         num_layers = self._runtime.engine.spec.num_layers
-        for first, count in layer_groups(num_layers, self._runtime.config.transfer.layers_per_group):
+        for first, count in layer_groups(
+            num_layers, self._runtime.config.transfer.layers_per_group
+        ):
             yield LayerGroup(first, count, ready)
 
 

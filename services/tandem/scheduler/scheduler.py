@@ -78,8 +78,6 @@ class Scheduler:
         """Sequences that hold blocks: those that compute and those that receive."""
         return len(self.running) + len(self.receiving)
 
-    # ------------------------------------------------------------------ into the queue
-
     def check_fits(self, request: Request) -> None:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
         self._check_context(len(request.token_ids))
@@ -203,8 +201,7 @@ class Scheduler:
         """
         matched = self._match_prefix(seq)
         missing = self._num_blocks(seq.num_tokens + 1) - len(matched)
-        watermark = self.num_running
-        if not self.pool.can_allocate(missing + self.pool.num_unheld(matched) + watermark):
+        if not self.pool.can_allocate(missing + self.pool.num_unheld(matched) + self.num_running):
             return False
         holder = holder_of(seq)
         self.pool.share(matched, holder)
@@ -224,7 +221,7 @@ class Scheduler:
         most_blocks = (seq.num_tokens - 1) // self.pool.block_size
         return self.pool.match_prefix(seq.block_hashes[:most_blocks])
 
-    # ------------------------------------------------------------------ receiving KV
+    # ------------------------------------------------------------------ receiving KV, and the end
 
     def landed(self, seq: Sequence, num_tokens: int) -> None:
         """Note that a receiving sequence has the KV of its first `num_tokens` tokens in place."""
@@ -259,8 +256,6 @@ class Scheduler:
     def _require_receiving(self, seq: Sequence) -> None:
         if seq.phase != "receiving":
             raise ValueError(f"{holder_of(seq)} is {seq.phase}, not receiving")
-
-    # ------------------------------------------------------------------ the end
 
     def finish(self, seq: Sequence, reason: FinishReason | None) -> None:
         """End a sequence in whatever phase it is; None: cancelled. Ending it twice changes nothing.

@@ -56,7 +56,7 @@ class EngineLoop:
                 busy = self._step()
             except Exception:
                 log.exception("iteration failed")
-                busy = True
+                busy = False  # tried again at the next event, not in a hot loop
 
     def _apply_events(self, *, wait: bool) -> None:
         while True:

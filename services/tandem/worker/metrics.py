@@ -7,7 +7,23 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LABELS = ("worker", "role")
 
@@ -35,7 +51,8 @@ class WorkerMetrics:
             "tandem_worker_prefix_hit_tokens_total", "Prompt tokens found in the prefix cache."
         )
         self.queried_tokens = self._counter(
-            "tandem_worker_prefix_query_tokens_total", "Prompt tokens looked up in the prefix cache."
+            "tandem_worker_prefix_query_tokens_total",
+            "Prompt tokens looked up in the prefix cache.",
         )
         self.kv_bytes = self._counter("tandem_worker_kv_bytes_total", "KV bytes received.")
         self.running = self._gauge("tandem_worker_running_requests", "Sequences that hold blocks.")
@@ -74,7 +91,9 @@ class WorkerMetrics:
     def _histogram(
         self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
     ) -> Histogram:
-        histogram = Histogram(name, text, (*_LABELS, *labels), buckets=buckets, registry=self.registry)
+        histogram = Histogram(
+            name, text, (*_LABELS, *labels), buckets=buckets, registry=self.registry
+        )
         return histogram if labels else histogram.labels(*self._labels)
 
     def count_request(self, outcome: str) -> None:

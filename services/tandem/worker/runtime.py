@@ -24,9 +24,8 @@ from tandem.engine.engine import Engine
 from tandem.kvcache.block_pool import BlockPool
 from tandem.modelfiles import resolve_model, served_name
 from tandem.scheduler.scheduler import Scheduler
-from tandem.transfer import LinkBudget
+from tandem.transfer import LinkBudget, PeerTransfer, Rendezvous, TransferEvents, make_kv_spec
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
-from tandem.wire import PROTOCOL_VERSION
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
 from tandem.worker.metrics import WorkerMetrics
@@ -71,7 +70,12 @@ class WorkerRuntime:
     """The parts of one worker. `load`, then `serve`, then `stop`."""
 
     def __init__(
-        self, name: str, role: str, config: TandemConfig, device: str, progress: Progress | None = None
+        self,
+        name: str,
+        role: str,
+        config: TandemConfig,
+        device: str,
+        progress: Progress | None = None,
     ) -> None:
         self.name = name
         self.role_name = role
@@ -81,6 +85,7 @@ class WorkerRuntime:
         self.iterations = 0
         self.metrics = WorkerMetrics(name, role)
         self.link_budget = LinkBudget(config.transfer.max_links)
+        self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
         self._progress = progress or (lambda stage, fraction: None)
         self._rate = _Rate()
@@ -102,6 +107,9 @@ class WorkerRuntime:
             self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
         )
         self.scheduler = Scheduler(config.scheduler, self.pool, self.engine.spec.max_model_len)
+        self.kv_spec = make_kv_spec(
+            self.model_name, self.engine.spec.revision, self.engine.storage, config.transfer
+        )
         self._progress("warming up", 0.0)
         self.engine.warm_up()
         self._progress("ready", 1.0)
@@ -147,23 +155,22 @@ class WorkerRuntime:
         self.metrics.count_tokens(kind, amount)
         self._rate.add(amount, time.monotonic())
 
-    def kv_spec(self) -> worker_pb2.KVSpec:
-        """What this worker's KV is, for hand-shakes."""
-        spec, storage = self.engine.spec, self.engine.storage
-        backend = self.config.transfer.backend
-        return worker_pb2.KVSpec(
-            model=self.model_name,
-            revision=spec.revision,
-            dtype=str(storage.kv.dtype).removeprefix("torch."),
-            layout="layer,kv,block,token,head,dim",
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=self.config.cache.block_size,
-            protocol_version=PROTOCOL_VERSION,
-            backend=("nccl" if self.device.startswith("cuda") else "gloo")
-            if backend == "auto"
-            else backend,
+    def peer_transfer(
+        self,
+        peer_name: str,
+        send_control: Callable[[worker_pb2.LinkMessage], None],
+        events: TransferEvents,
+    ) -> PeerTransfer:
+        """All KV traffic with one peer, over this worker's blocks."""
+        return PeerTransfer(
+            storage=self.engine.storage,
+            spec=self.kv_spec,
+            config=self.config.transfer,
+            send_control=send_control,
+            events=events,
+            peer_name=peer_name,
+            budget=self.link_budget,
+            rendezvous=self._rendezvous,
         )
 
     @property

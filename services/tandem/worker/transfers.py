@@ -53,9 +53,7 @@ class PostedEvents(Generic[Peer]):
         self, leg_id: int, first_layer: int, num_layers: int, start: int, num_tokens: int,
         seconds: float, num_bytes: int,
     ) -> None:  # fmt: skip
-        piece = LandedPiece(
-            leg_id, first_layer, num_layers, start, num_tokens, seconds, num_bytes
-        )
+        piece = LandedPiece(leg_id, first_layer, num_layers, start, num_tokens, seconds, num_bytes)
         self._post(self._handler.piece_landed, self._peer, piece)
 
     def sends_closed(self, leg_id: int, error: str | None) -> None:

@@ -1,0 +1,245 @@
+"""One forward pass per iteration, from a plan to the tokens drawn.
+
+Owns the weights and the KV tensors. Who runs in an iteration and which blocks a sequence holds come
+with the plan; sequences are read, never changed. Used by one thread, the engine thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import structlog
+import torch
+from tandem_kernels import RaggedBatch
+from torch import Tensor
+
+from tandem.core.config import CacheConfig, ModelConfig
+from tandem.core.errors import ConfigError
+from tandem.core.request import PositionLogprobs, Request, SampledToken
+from tandem.core.sampling import SamplingParams
+from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
+from tandem.engine.logprobs import position_logprobs
+from tandem.engine.models.decoder import Decoder
+from tandem.engine.models.layers import Loader
+from tandem.engine.sampler import Sampler
+from tandem.engine.spec import ModelSpec, load_spec
+from tandem.engine.weights import Checkpoint, Progress
+from tandem.kvcache.storage import KVStorage, bytes_per_token
+
+log = structlog.get_logger(__name__)
+
+_GROUPS_PER_ITERATION = 4
+_LOGPROB_ROWS = 64
+"""Prompt positions whose logits are held at once."""
+_WARM_UP_TOKENS = 32
+
+
+class LayerGroup(NamedTuple):
+    """Layers whose KV of this iteration's tokens has been written."""
+
+    first_layer: int
+    num_layers: int
+    ready: torch.cuda.Event | None
+    """Recorded after the last write; None where writes are done when they return (CPU)."""
+
+
+OnLayers = Callable[[LayerGroup], None]
+
+
+@dataclass(frozen=True)
+class IterationOutput:
+    """What came out of one iteration."""
+
+    tokens: dict[Sequence, SampledToken] = field(default_factory=dict)
+    """The next token of every sequence whose chunk ended with its last known token."""
+    prompt_logprobs: dict[Sequence, list[PositionLogprobs]] = field(default_factory=dict)
+    """For a chunk [start, end): prompt positions start + 1 to end, where they are asked for."""
+
+
+class _Rows(NamedTuple):
+    """Rows of the batch whose hidden state is wanted for one chunk."""
+
+    chunk: ScheduledChunk
+    prompt: range
+    """Rows whose next token is in the prompt and its log-probability is asked for."""
+    samples: bool
+
+
+class Engine:
+    """A loaded model with its KV storage."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        model: ModelConfig,
+        cache: CacheConfig,
+        device: str = "cpu",
+        layers_per_group: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load the weights. `layers_per_group` 0 makes four groups of layers.
+
+        Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
+        do not fit it.
+        """
+        self.device = torch.device(device)
+        self.spec: ModelSpec = load_spec(model_dir, model, device)
+        self._layers_per_group = layers_per_group or -(
+            -self.spec.num_layers // _GROUPS_PER_ITERATION
+        )
+        self._progress = progress
+        with Checkpoint(model_dir, progress) as checkpoint:
+            loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
+            self._decoder = Decoder.load(loader, self.spec.decoder)
+        self.num_blocks = _num_blocks(cache, self.spec)
+        self.storage = KVStorage(
+            num_layers=self.spec.num_layers,
+            num_blocks=self.num_blocks,
+            block_size=cache.block_size,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            dtype=self.spec.torch_dtype,
+            device=self.device,
+        )
+        self._sampler = Sampler(self.spec.eos_token_ids)
+        log.info(
+            "model loaded",
+            model=self.spec.name,
+            architecture=self.spec.architecture,
+            dtype=self.spec.dtype,
+            device=str(self.device),
+            num_blocks=self.num_blocks,
+        )
+
+    def warm_up(self) -> None:
+        """Run a prompt and a decode step through everything once. No block may be in use yet."""
+        length = (
+            min(_WARM_UP_TOKENS, self.num_blocks * self.storage.block_size, self.spec.max_model_len)
+            - 1
+        )
+        if length < 1:
+            return
+        sampling = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)
+        seq = Sequence(Request("warm-up", (0,) * length, length, sampling), arrival=0)
+        seq.block_table = list(range(-(-(length + 1) // self.storage.block_size)))
+        for step, (start, count) in enumerate(((0, length), (length, 1))):
+            if self._progress is not None:
+                self._progress("warming up", step / 2)
+            output = self.run(IterationPlan((ScheduledChunk(seq, start, count),)))
+            seq.token_ids.append(output.tokens[seq].token_id)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self._progress is not None:
+            self._progress("warming up", 1.0)
+
+    @torch.inference_mode()
+    def run(self, plan: IterationPlan, on_layers: OnLayers | None = None) -> IterationOutput:
+        """Compute the plan's chunks in one forward pass.
+
+        Every chunk's block table must cover its end. `on_layers` is called inside the pass as soon
+        as the KV of a group of layers is written; on CUDA, queued to be written.
+        """
+        if not plan.chunks:
+            return IterationOutput()
+        batch = RaggedBatch.build(
+            [chunk.sequence.block_table for chunk in plan.chunks],
+            [chunk.start for chunk in plan.chunks],
+            [chunk.length for chunk in plan.chunks],
+            self.storage.block_size,
+            self.device,
+        )
+        wanted = [
+            _wanted_rows(chunk, row)
+            for chunk, row in zip(plan.chunks, batch.query_starts, strict=False)
+        ]
+        token_ids = [
+            token_id
+            for chunk in plan.chunks
+            for token_id in chunk.sequence.token_ids[chunk.start : chunk.end]
+        ]
+        hidden = self._decoder.forward(
+            torch.tensor(token_ids, device=self.device),
+            batch,
+            self.storage,
+            self._row_index(wanted, batch),
+            None if on_layers is None else self._group_caller(on_layers),
+        )
+        return self._finish(hidden, wanted)
+
+    def _row_index(self, wanted: list[_Rows], batch: RaggedBatch) -> Tensor | None:
+        """The wanted rows, prompt rows first; None when they are simply all rows."""
+        rows = [row for entry in wanted for row in entry.prompt]
+        ends = zip(wanted, batch.query_starts[1:], strict=True)
+        rows.extend(end - 1 for entry, end in ends if entry.samples)
+        if rows == list(range(batch.num_tokens)):
+            return None
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def _group_caller(self, on_layers: OnLayers) -> Callable[[int], None]:
+        """Turn "this layer is written" into one call per group of layers."""
+
+        def on_written(layer: int) -> None:
+            first = layer - layer % self._layers_per_group
+            if layer == min(first + self._layers_per_group, self.spec.num_layers) - 1:
+                ready = None
+                if self.device.type == "cuda":
+                    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    ready.record(torch.cuda.current_stream(self.device))
+                on_layers(LayerGroup(first, layer - first + 1, ready))
+
+        return on_written
+
+    def _finish(self, hidden: Tensor, wanted: list[_Rows]) -> IterationOutput:
+        """Turn hidden states, in the order of `_row_index`, into tokens and log-probabilities."""
+        output = IterationOutput()
+        row = 0
+        for entry in wanted:
+            if entry.prompt:
+                states = hidden[row : row + len(entry.prompt)]
+                output.prompt_logprobs[entry.chunk.sequence] = self._prompt_logprobs(
+                    states, entry.chunk
+                )
+                row += len(entry.prompt)
+        sampling = [entry.chunk.sequence for entry in wanted if entry.samples]
+        if sampling:
+            tokens = self._sampler.sample(self._decoder.logits(hidden[row:]), sampling)
+            output.tokens.update(zip(sampling, tokens, strict=True))
+        return output
+
+    def _prompt_logprobs(self, hidden: Tensor, chunk: ScheduledChunk) -> list[PositionLogprobs]:
+        seq = chunk.sequence
+        count = seq.request.sampling.prompt_logprobs or 0
+        result: list[PositionLogprobs] = []
+        for states in torch.split(hidden, _LOGPROB_ROWS):
+            start = chunk.start + 1 + len(result)
+            chosen = seq.token_ids[start : start + len(states)]
+            logits = self._decoder.logits(states)
+            result.extend(position_logprobs(logits, chosen, [count] * len(chosen)))
+        return result
+
+
+def _wanted_rows(chunk: ScheduledChunk, first_row: int) -> _Rows:
+    request = chunk.sequence.request
+    count = 0
+    if request.sampling.prompt_logprobs is not None:
+        count = max(0, min(chunk.end, request.prompt_len - 1) - chunk.start)
+    return _Rows(chunk, range(first_row, first_row + count), chunk.samples)
+
+
+def _num_blocks(cache: CacheConfig, spec: ModelSpec) -> int:
+    """Return the configured number of blocks, or as many as `memory_bytes` holds."""
+    if cache.num_blocks:
+        return cache.num_blocks
+    token_bytes = bytes_per_token(
+        spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.torch_dtype
+    )
+    num_blocks = cache.memory_bytes // (token_bytes * cache.block_size)
+    if num_blocks < 1:
+        raise ConfigError(
+            f"cache.memory_bytes is {cache.memory_bytes}; allowed: at least "
+            f"{token_bytes * cache.block_size}, one block of this model"
+        )
+    return num_blocks

@@ -1,0 +1,1 @@
+"""The decoder that every supported model shares, and one small file per architecture."""

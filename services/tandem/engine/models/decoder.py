@@ -1,0 +1,111 @@
+"""The decoder that all architectures share: embedding, layers, final norm, output projection.
+
+Computes; keeps no state between iterations beyond its weights. The KV it writes and reads belongs
+to the `KVStorage` that it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem_kernels import RaggedBatch, add_rms_norm, rms_norm, rotary_tables
+from torch import Tensor
+from torch.nn import functional
+
+from tandem.engine.models.config import DecoderConfig
+from tandem.engine.models.layers import Attention, FeedForward, Iteration, Linear, Loader, OnWritten
+from tandem.engine.models.rope import inverse_frequencies
+from tandem.kvcache.storage import KVStorage
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block: attention and feed-forward, each after a norm and beside a residual."""
+
+    attention_norm: Tensor
+    attention: Attention
+    feed_forward_norm: Tensor
+    feed_forward: FeedForward
+
+    @classmethod
+    def load(cls, loader: Loader, index: int, config: DecoderConfig) -> Layer:
+        """Read layer `index`."""
+        prefix, hidden = f"model.layers.{index}", config.hidden_size
+        return cls(
+            attention_norm=loader.tensor(f"{prefix}.input_layernorm.weight", hidden),
+            attention=Attention.load(loader, f"{prefix}.self_attn", config, config.windows[index]),
+            feed_forward_norm=loader.tensor(f"{prefix}.post_attention_layernorm.weight", hidden),
+            feed_forward=FeedForward.load(loader, f"{prefix}.mlp", config),
+        )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model's weights, ready to run."""
+
+    config: DecoderConfig
+    embedding: Tensor
+    layers: tuple[Layer, ...]
+    final_norm: Tensor
+    head: Linear
+    inverse_frequencies: Tensor
+
+    @classmethod
+    def load(cls, loader: Loader, config: DecoderConfig) -> Decoder:
+        """Read every tensor; raise `ModelLoadError` if the checkpoint does not fit the
+        configuration."""
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = loader.tensor("model.embed_tokens.weight", *shape)
+        head = embedding if config.tied_embeddings else loader.tensor("lm_head.weight", *shape)
+        layers = tuple(Layer.load(loader, index, config) for index in range(config.num_layers))
+        final_norm = loader.tensor("model.norm.weight", config.hidden_size)
+        loader.checkpoint.check_all_read(
+            ignored=["lm_head.weight"] if config.tied_embeddings else []
+        )
+        return cls(
+            config=config,
+            embedding=embedding,
+            layers=layers,
+            final_norm=final_norm,
+            head=Linear(head, None),
+            inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(loader.device),
+        )
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        batch: RaggedBatch,
+        storage: KVStorage,
+        wanted_rows: Tensor | None,
+        on_written: OnWritten | None,
+    ) -> Tensor:
+        """Compute the tokens' KV and return the final hidden states of the wanted rows.
+
+        token_ids: int64 [tokens]; wanted_rows: int64 [rows], None for all. The last layer does
+        nothing for the other rows once their KV is written. Result: [rows, hidden_size].
+        """
+        x = functional.embedding(token_ids, self.embedding)
+        cos, sin = rotary_tables(batch.positions, self.inverse_frequencies, x.dtype)
+        iteration = Iteration(batch, cos, sin)
+        eps, last = self.config.rms_norm_eps, len(self.layers) - 1
+        residual, normed = x, rms_norm(x, self.layers[0].attention_norm, eps)
+        for index, layer in enumerate(self.layers):
+            cache = storage.layer(index)
+            query = layer.attention.write(normed, iteration, cache)
+            if on_written is not None:
+                on_written(index)
+            if index == last and wanted_rows is not None and wanted_rows.numel() == 0:
+                return residual[:0]
+            seen = layer.attention.read(query, iteration, cache)
+            if index == last and wanted_rows is not None:
+                seen, residual = seen[wanted_rows], residual[wanted_rows]
+            x = layer.attention.output(seen)
+            normed, residual = add_rms_norm(x, residual, layer.feed_forward_norm, eps)
+            x = layer.feed_forward(normed)
+            following = self.final_norm if index == last else self.layers[index + 1].attention_norm
+            normed, residual = add_rms_norm(x, residual, following, eps)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 [rows, vocab_size] for final hidden states."""
+        return self.head(hidden).float()

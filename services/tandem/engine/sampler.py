@@ -1,0 +1,165 @@
+"""Draws the next token of many sequences at once.
+
+The order of the steps is vLLM's: logit bias, min_tokens, penalties, temperature, then the
+truncations in `transformers`' order (top-k, top-p, min-p). Log-probabilities are those of the raw
+logits.
+
+A drawn token is a function of the logits, the sequence's own parameters and (seed, position), where
+position is the index that the token gets in its sequence; never of the rest of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+from tandem_kernels import apply_penalties, gumbel_noise, truncate_logits
+from torch import Tensor
+
+from tandem.core.request import SampledToken
+from tandem.core.sampling import SamplingParams
+from tandem.core.sequence import Sequence
+from tandem.engine.logprobs import position_logprobs
+from tandem.engine.token_counts import TokenCountsCache
+
+_MIN_TEMPERATURE = 1e-6
+"""Below it a draw equals the greedy choice; dividing by less would overflow."""
+
+
+class Sampler:
+    """Stateless but for the token counts that penalties need, which are a cache."""
+
+    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._token_counts = TokenCountsCache()
+
+    def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[SampledToken]:
+        """Draw one token per row. logits: float32 [rows, vocab], left unchanged."""
+        params = [seq.request.sampling for seq in sequences]
+        adjusted = self._adjust(logits, sequences, params)
+        random_rows = [row for row, sampling in enumerate(params) if not sampling.greedy]
+        if len(random_rows) == len(params):
+            token_ids = _draw(adjusted, sequences)
+        else:
+            token_ids = adjusted.argmax(1)
+            if random_rows:
+                rows = torch.tensor(random_rows, device=logits.device)
+                token_ids[rows] = _draw(adjusted[rows], [sequences[row] for row in random_rows])
+        return _with_logprobs(logits, token_ids.tolist(), params)
+
+    def _adjust(
+        self, logits: Tensor, sequences: Rows[Sequence], params: Rows[SamplingParams]
+    ) -> Tensor:
+        """Apply bias, min_tokens and penalties to a copy; the logits themselves if there are
+        none."""
+        edits = self._edits(sequences)
+        penalised = [row for row, sampling in enumerate(params) if _has_penalty(sampling)]
+        if not edits and not penalised:
+            return logits
+        device = logits.device
+        logits = logits.clone()
+        if edits:
+            rows, token_ids, amounts = zip(*edits, strict=True)
+            index = (torch.tensor(rows, device=device), torch.tensor(token_ids, device=device))
+            logits.index_put_(index, torch.tensor(amounts, device=device), accumulate=True)
+        if penalised:
+            self._penalise(logits, penalised, sequences, params)
+        return logits
+
+    def _edits(self, sequences: Rows[Sequence]) -> list[tuple[int, int, float]]:
+        """Return (row, token id, what is added): biases, and -inf for tokens that may not end it
+        yet.
+
+        While a sequence is shorter than min_tokens, every id that could stop it is forbidden: the
+        model's end-of-sequence ids, with ignore_eos too, and its own stop_token_ids.
+        """
+        edits: list[tuple[int, int, float]] = []
+        for row, seq in enumerate(sequences):
+            sampling = seq.request.sampling
+            edits.extend((row, token_id, bias) for token_id, bias in sampling.logit_bias.items())
+            if seq.num_output_tokens < sampling.min_tokens:
+                forbidden = {*self._eos_token_ids, *sampling.stop_token_ids}
+                edits.extend((row, token_id, float("-inf")) for token_id in forbidden)
+        return edits
+
+    def _penalise(
+        self,
+        logits: Tensor,
+        rows: Rows[int],
+        sequences: Rows[Sequence],
+        params: Rows[SamplingParams],
+    ) -> None:
+        device = logits.device
+        token_ids, output_counts = self._token_counts.batch([sequences[i] for i in rows], device)
+        factors = torch.tensor(
+            [
+                (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+                for p in (params[row] for row in rows)
+            ],
+            device=device,
+        )
+        index = torch.tensor(rows, device=device)
+        selected = logits[index]
+        apply_penalties(selected, token_ids, output_counts, *factors.unbind(1))
+        logits[index] = selected
+
+
+def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+    """Return int64 [rows]: argmax of truncated logits / temperature + noise."""
+    params = [seq.request.sampling for seq in sequences]
+    device = logits.device
+    temperatures = [max(sampling.temperature, _MIN_TEMPERATURE) for sampling in params]
+    # Only differences matter; taken from the maximum, no division can overflow.
+    scaled = logits - logits.amax(1, keepdim=True)
+    scaled /= torch.tensor(temperatures, device=device)[:, None]
+    seeds = torch.tensor([_as_int64(sampling.seed) for sampling in params], device=device)
+    positions = torch.tensor([seq.num_tokens for seq in sequences], device=device)
+    if not any(map(_truncates, params)):
+        vocab = torch.arange(logits.shape[1], device=device)
+        return scaled.add_(gumbel_noise(seeds, positions, vocab)).argmax(1)
+    truncate_logits(
+        scaled,
+        torch.tensor([sampling.top_k for sampling in params], device=device),
+        torch.tensor([sampling.top_p for sampling in params], dtype=torch.float64, device=device),
+        torch.tensor([sampling.min_p for sampling in params], device=device),
+    )
+    # Few tokens are left as a rule: only those get noise.
+    rows, token_ids = torch.isfinite(scaled).nonzero(as_tuple=True)
+    noise = gumbel_noise(seeds[rows], positions[rows], token_ids[:, None])
+    scaled[rows, token_ids] += noise[:, 0]
+    return scaled.argmax(1)
+
+
+def _with_logprobs(
+    logits: Tensor, token_ids: Rows[int], params: Rows[SamplingParams]
+) -> list[SampledToken]:
+    asking = [row for row, sampling in enumerate(params) if sampling.logprobs is not None]
+    tokens = [SampledToken(token_id, None) for token_id in token_ids]
+    if asking:
+        selected = (
+            logits
+            if len(asking) == len(params)
+            else logits[torch.tensor(asking, device=logits.device)]
+        )
+        chosen = [token_ids[row] for row in asking]
+        counts = [params[row].logprobs or 0 for row in asking]
+        for row, position in zip(asking, position_logprobs(selected, chosen, counts), strict=True):
+            tokens[row] = SampledToken(token_ids[row], position)
+    return tokens
+
+
+def _has_penalty(sampling: SamplingParams) -> bool:
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+    )
+
+
+def _truncates(sampling: SamplingParams) -> bool:
+    return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+
+
+def _as_int64(seed: int) -> int:
+    """The two's complement of an unsigned 64-bit seed."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

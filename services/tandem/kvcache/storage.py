@@ -1,0 +1,78 @@
+"""The tensors that hold keys and values. Knows blocks and slots; not who owns them (`block_pool`).
+
+One tensor holds every layer, so that any layer range of any tokens can be packed for a transfer in
+one operation. A slot is the place of one token: `block * block_size + offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tandem_kernels import kv_pack, kv_unpack
+from torch import Tensor
+
+
+class KVStorage:
+    """KV of `num_blocks` blocks: `kv` [num_layers, 2, num_blocks, block_size, num_kv_heads,
+    head_dim].
+
+    Different threads may read and write different slots at once; who may touch which slot is the
+    block pool's decision.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        # Zeros: masked keys count for nothing, but only if what is masked is a finite number.
+        self.kv = torch.zeros(
+            (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self.num_layers = num_layers
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.device = self.kv.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of KV that one token takes over all layers."""
+        return bytes_per_token(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of one layer, each [num_blocks, block_size, num_kv_heads,
+        head_dim]."""
+        return self.kv[index, 0], self.kv[index, 1]
+
+    def slots(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
+        """Return the slots of tokens [start, end) of a sequence, int64 [end - start]."""
+        positions = torch.arange(start, end)
+        blocks = torch.tensor(block_table[: -(-end // self.block_size)], dtype=torch.int64)
+        slots = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+        return slots.to(self.device)
+
+    def pack(
+        self, first_layer: int, num_layers: int, slots: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Return a contiguous copy, [num_layers, 2, len(slots), num_kv_heads, head_dim]."""
+        return kv_pack(self.kv, first_layer, num_layers, slots, out)
+
+    def unpack(self, first_layer: int, num_layers: int, slots: Tensor, staging: Tensor) -> None:
+        """Write a packed buffer into the slots."""
+        kv_unpack(self.kv, first_layer, num_layers, slots, staging)
+
+
+def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Return the bytes of KV that one token takes over all layers."""
+    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize

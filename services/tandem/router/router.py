@@ -1,0 +1,149 @@
+"""The router: a prefill worker and a decode worker for each request, and what each has to do.
+
+Pure: it is told of members, reports and ends of requests, and answers at once. It sends nothing,
+waits for nothing and reads no clock. One router per gateway; several need not know of each other.
+
+Invariant: a request counts as load from the moment it is routed until `release`, exactly once per
+worker, so a burst that no worker has answered yet is already spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+from tandem.core.config import RouterConfig
+from tandem.core.errors import OverloadedError, UnavailableError
+from tandem.router.policies import make_policy
+from tandem.router.pool import Dispatch, WorkerPool, WorkerView
+
+EXPECTED_OUTPUT_TOKENS = 256
+"""What a request weighs on a decode worker beside its prompt: about the mean output of a chat."""
+MAX_RETRY_AFTER = 30.0
+
+
+class Assignment(NamedTuple):
+    """Who serves a request. `prefill` None: the decode worker prefills itself."""
+
+    prefill: str | None
+    decode: str
+
+
+@dataclass(slots=True)
+class _InFlight:
+    hashes: Sequence[bytes]
+    num_tokens: int
+    decode: Dispatch
+    prefill: Dispatch | None
+
+
+class Router:
+    """Assigns requests from this gateway's view of the cluster."""
+
+    def __init__(self, config: RouterConfig, block_size: int, seed: int) -> None:
+        rng = Random(seed)
+        self._config = config
+        self._block_size = block_size
+        blocks = config.max_tracked_blocks
+        self._prefill = WorkerPool(make_policy(config, rng), block_size, blocks)
+        self._decode = WorkerPool(make_policy(config, rng), block_size, blocks)
+        self._in_flight: dict[str, _InFlight] = {}
+
+    # ------------------------------------------------------------------ what it is told
+
+    def set_members(self, prefill: Iterable[str], decode: Iterable[str]) -> None:
+        """Replace the membership, keeping what is known of the workers that stay."""
+        self._prefill.set_members(prefill)
+        self._decode.set_members(decode)
+
+    def observe(self, worker: str, running: int, waiting: int) -> None:
+        """Take a worker's report of its requests; one of a worker that is no member is ignored."""
+        for pool in (self._prefill, self._decode):
+            view = pool.get(worker)
+            if view is not None:
+                pool.observe(view, running, waiting)
+
+    def first_token(self, request_id: str) -> None:
+        """The prompt is done: its prefill worker is rid of it."""
+        request = self._in_flight.get(request_id)
+        if request is not None and request.prefill is not None:
+            self._prefill.take_back(request.prefill)
+            request.prefill = None
+
+    def release(self, request_id: str) -> None:
+        """The request has ended or leaves its workers. Releasing it again changes nothing."""
+        self.first_token(request_id)
+        request = self._in_flight.pop(request_id, None)
+        if request is not None:
+            self._decode.take_back(request.decode)
+
+    def in_flight(self, worker: str) -> int:
+        """Requests that this router has on a worker now."""
+        views = (pool.get(worker) for pool in (self._prefill, self._decode))
+        return sum(view.requests for view in views if view is not None)
+
+    # ------------------------------------------------------------------ what it decides
+
+    def route(
+        self,
+        request_id: str,
+        hashes: Sequence[bytes],
+        num_tokens: int,
+        exclude: Collection[str] = (),
+    ) -> Assignment:
+        """Assign both workers and count the load. A request routed again leaves its old ones first.
+
+        `hashes`: of the full blocks of its `num_tokens` tokens. Raises `OverloadedError` when every
+        decode worker that may serve it is full, `UnavailableError` when there is none.
+        """
+        self.release(request_id)
+        decode, _ = self._decode.choose(self._decode_workers(exclude), hashes, num_tokens)
+        prefill = self._dispatch_prefill(hashes, num_tokens, exclude)
+        weight = num_tokens + EXPECTED_OUTPUT_TOKENS
+        dispatch = self._decode.dispatch(decode, weight, hashes)
+        self._in_flight[request_id] = _InFlight(hashes, num_tokens, dispatch, prefill)
+        return Assignment(prefill.worker.name if prefill else None, decode.name)
+
+    def reassign_prefill(self, request_id: str, exclude: Collection[str]) -> str | None:
+        """Name another prefill worker for a request in flight, and move its load there.
+
+        None: there is no other, or the request is not in flight here any more.
+        """
+        self.first_token(request_id)
+        request = self._in_flight.get(request_id)
+        if request is None:
+            return None
+        request.prefill = self._dispatch_prefill(request.hashes, request.num_tokens, exclude)
+        return request.prefill.worker.name if request.prefill else None
+
+    def _dispatch_prefill(
+        self, hashes: Sequence[bytes], num_tokens: int, exclude: Collection[str]
+    ) -> Dispatch | None:
+        """Choose a prefill worker and count the tokens that it will have to compute."""
+        eligible = [worker for worker in self._prefill.workers if worker.name not in exclude]
+        if not eligible:
+            return None
+        worker, cached_tokens = self._prefill.choose(eligible, hashes, num_tokens)
+        weight = max(num_tokens - cached_tokens, self._block_size)
+        return self._prefill.dispatch(worker, weight, hashes)
+
+    def _decode_workers(self, exclude: Collection[str]) -> list[WorkerView]:
+        """The decode workers that can take one more request of this router."""
+        members = [worker for worker in self._decode.workers if worker.name not in exclude]
+        if not members:
+            raise UnavailableError("no decode worker is available")
+        limit = self._config.max_in_flight
+        eligible = [worker for worker in members if worker.requests < limit]
+        if not eligible:
+            raise OverloadedError(
+                f"every decode worker has {limit} requests in flight",
+                retry_after=min(_seconds_to_drain(worker) for worker in members),
+            )
+        return eligible
+
+
+def _seconds_to_drain(worker: WorkerView) -> float:
+    """A hint that grows with the queue: a second for each full batch that waits, and one more."""
+    return min(1.0 + worker.waiting / max(worker.running, 1), MAX_RETRY_AFTER)

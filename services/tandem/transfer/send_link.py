@@ -1,0 +1,328 @@
+"""The sending side of a link: opens it, packs pieces, sends them, waits for acknowledgements.
+
+Every public method only changes the ledger under the lock and wakes the thread. The thread is the
+only one that reads blocks or waits for the peer. What was sent stays in the ledger until it is
+acknowledged, so that a rebuilt link can send it again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+from tandem.core.errors import PeerMismatchError
+from tandem.transfer.context import LinkContext
+from tandem.transfer.group import LinkError, LinkGroup
+from tandem.transfer.send_ledger import Outgoing, SendLedger
+from tandem.transfer.staging import CopyLane, Staging
+from tandem.transfer.types import Piece
+from tandem.v1 import worker_pb2
+
+_BACKOFF_SECONDS = 0.05
+"""Pause before the first retry; doubles with each one in a row."""
+
+
+class _LinkStoppedError(Exception):
+    """The link was closed while its thread was at work."""
+
+
+class SendLink:
+    """One direction of KV traffic, seen from the sender (rank 0).
+
+    ::
+
+        closed --a piece is queued--> waiting for the budget --granted--> opening
+        opening --LinkOpened, group made--> open
+        opening --LinkOpened(error): mismatch--> failed
+        opening, open --any error--> broken (LinkBroken sent, group aborted)
+        open --idle, or its turn is over, and asked to give way--> closed (LinkClosed sent)
+        broken --back-off, next epoch, what is unacknowledged again--> waiting for the budget
+        broken --more than max_retries in a row--> failed
+        failed: every leg closes with the error --> closed
+        any state --close--> stopped (group aborted, every leg closes with an error, thread ends)
+    """
+
+    def __init__(self, context: LinkContext) -> None:
+        self._context = context
+        self._ledger = SendLedger()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._store_prefix = uuid.uuid4().hex
+        # All of the following are guarded by `_changed`.
+        self._stopped = False
+        self._epoch = 0
+        self._group: LinkGroup | None = None
+        self._answer: str | None = None
+        self._broken: str | None = None
+        self._give_way = False
+        self._retries = 0
+        self._progress_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        with self._changed:
+            return self._group is not None
+
+    # ------------------------------------------------------------ called by the worker
+
+    def open(self, leg_id: int) -> None:
+        self._update(lambda: self._ledger.open(leg_id))
+
+    def send(self, piece: Piece) -> None:
+        self._update(lambda: self._ledger.add(piece))
+
+    def finish(self, leg_id: int) -> None:
+        self._update(lambda: self._ledger.finish(leg_id))
+
+    def cancel(self, leg_id: int) -> None:
+        self._update(lambda: self._ledger.cancel(leg_id))
+
+    def close(self) -> None:
+        """Stop for good: abort, fail every leg, let the thread end."""
+        with self._changed:
+            self._stopped = True
+            group = self._group
+        self._update(
+            lambda: self._ledger.shut(f"the connection to {self._context.peer_name} closed")
+        )
+        self._context.budget.wake()
+        if group is not None:
+            group.abort()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread after `close`. True if it has ended."""
+        thread = self._thread
+        if thread is None:
+            return True
+        thread.join(timeout)
+        return not thread.is_alive()
+
+    def handle(self, message: worker_pb2.LinkMessage) -> None:
+        """A message from the link's receiver."""
+        abort = None
+        with self._changed:
+            if message.epoch != self._epoch:
+                self._context.counters.stale()
+                return
+            kind = message.WhichOneof("kind")
+            if kind == "opened":
+                self._answer = message.opened.error
+            elif kind == "broken":
+                self._broken = f"reported by {self._context.peer_name}: {message.broken.reason}"
+            elif kind == "ack" and self._group is not None:
+                self._acknowledged(message.ack.sequence_number)
+            if self._broken:
+                abort = self._group
+        self._update(lambda: None)
+        if abort is not None:
+            abort.abort()
+
+    def give_way(self) -> None:
+        """The budget asks for this link's place."""
+        with self._changed:
+            self._give_way = True
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------ shared state
+
+    def _acknowledged(self, sequence_number: int) -> None:
+        if not self._ledger.ack(sequence_number):
+            self._broken = f"piece {sequence_number} was acknowledged but never sent"
+        self._retries = 0
+        self._progress_at = time.monotonic()
+
+    def _update(self, mutate: Callable[[], object]) -> None:
+        """Change the ledger, wake the thread, and report the legs that closed."""
+        with self._changed:
+            mutate()
+            closed = self._ledger.take_closed()
+            if self._ledger.has_queued and self._thread is None:
+                name = f"kv-send-{self._context.peer_name}"
+                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        for leg_id, error in closed:
+            self._context.events.sends_closed(leg_id, error)
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        lane = CopyLane(self._context.blocks.kv.device)
+        staging = Staging(self._context.spec, self._context.blocks.kv.device)
+        while self._await_work():
+            try:
+                self._serve_epoch(lane, staging)
+            except _LinkStoppedError:
+                return
+            except PeerMismatchError as error:
+                self._fail(str(error))
+            except Exception as error:
+                self._recover(error)
+
+    def _await_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not self._ledger.idle)
+            return not self._stopped
+
+    def _serve_epoch(self, lane: CopyLane, staging: Staging) -> None:
+        """Open the link and send until it is asked to give way."""
+        context = self._context
+        if not context.budget.acquire(self, lambda: not self._stopped):
+            raise _LinkStoppedError
+        try:
+            group = self._open(staging)
+            context.log.info("link_opened", epoch=self._epoch, direction="send")
+            while outgoing := self._next_piece():
+                self._send_piece(outgoing, group, lane, staging)
+            self._control(worker_pb2.LinkMessage(closed=worker_pb2.LinkClosed()))
+            context.log.info("link_evicted", epoch=self._epoch)
+        finally:
+            with self._changed:
+                opened, self._group = self._group, None
+                self._give_way = False
+            context.budget.release(self)
+            if opened is not None:
+                opened.abort()
+            context.rendezvous.forget(self._prefix())
+
+    def _open(self, staging: Staging) -> LinkGroup:
+        """A new epoch: hand-shake, group, and a first byte that proves it works."""
+        context = self._context
+        with self._changed:
+            self._epoch += 1
+            self._answer = self._broken = None
+        self._update(self._ledger.rewind)
+        offer = worker_pb2.LinkOpen(
+            store_host=context.rendezvous.host,
+            store_port=context.rendezvous.port(),
+            store_prefix=self._prefix(),
+            kv_spec=context.spec,
+        )
+        self._control(worker_pb2.LinkMessage(open=offer))
+        self._await_answer()
+        group = context.make_group(offer, 0, lambda: not (self._stopped or self._broken))
+        with self._changed:
+            self._group = group
+            if self._stopped:
+                raise _LinkStoppedError
+            self._progress_at = time.monotonic()
+        group.send(staging.take_bytes(1), context.config.connect_timeout)
+        return group
+
+    def _await_answer(self) -> None:
+        with self._changed:
+            answered = self._changed.wait_for(
+                lambda: self._stopped or self._broken or self._answer is not None,
+                self._context.config.connect_timeout,
+            )
+            self._check_alive()
+            if not answered:
+                raise LinkError("the peer did not answer the link's opening")
+            if self._answer:
+                raise PeerMismatchError(self._answer)
+
+    def _next_piece(self) -> Outgoing | None:
+        """Wait for a piece to send, watching acknowledgements. None: the link gives way."""
+        patience = self._context.config.transfer_timeout
+        with self._changed:
+            while True:
+                self._check_alive()
+                if self._give_way and not self._ledger.has_in_flight:
+                    return None
+                if self._ledger.has_queued and not self._give_way:
+                    self._context.budget.set_idle(self, False)
+                    if not self._ledger.has_in_flight:
+                        self._progress_at = time.monotonic()
+                    return self._ledger.begin()
+                if not self._ledger.has_in_flight:
+                    self._context.budget.set_idle(self, True)
+                    self._changed.wait()
+                    continue
+                left = self._progress_at + patience - time.monotonic()
+                if left <= 0:
+                    raise LinkError(f"no piece was acknowledged for {patience:g} s")
+                self._changed.wait(left)
+
+    def _send_piece(
+        self, outgoing: Outgoing, group: LinkGroup, lane: CopyLane, staging: Staging
+    ) -> None:
+        sequence_number, piece = outgoing
+        try:
+            wire, tensor = staging.take(piece.num_layers, len(piece.slots))
+            with lane.copying(piece.ready):
+                self._context.blocks.pack(piece.first_layer, piece.num_layers, piece.slots, tensor)
+        except Exception as error:
+            self._abandon(error)
+            return
+        self._update(self._ledger.end_read)
+        announce = worker_pb2.LinkAnnounce(
+            sequence_number=sequence_number,
+            leg_id=piece.leg_id,
+            chunk=piece.chunk,
+            first_layer=piece.first_layer,
+            num_layers=piece.num_layers,
+            start=piece.start,
+            num_tokens=len(piece.slots),
+        )
+        self._control(worker_pb2.LinkMessage(announce=announce))
+        started = time.monotonic()
+        group.send(wire, self._context.config.transfer_timeout)
+        self._context.counters.sent(wire.numel(), time.monotonic() - started)
+
+    def _abandon(self, error: Exception) -> None:
+        """A piece could not be packed: its leg fails, the link goes on."""
+        reason = f"KV could not be packed: {error}"
+        with self._changed:
+            failed = self._ledger.abandon(reason)
+        self._context.log.error("piece_failed", legs=failed, reason=reason)
+        self._context.events.link_failed(failed, reason)
+        self._update(lambda: None)
+
+    def _recover(self, error: Exception) -> None:
+        """The link broke. Tell the peer, then try again or give up."""
+        with self._changed:
+            if self._stopped:
+                return
+            reason = self._broken or str(error) or type(error).__name__
+            self._retries += 1
+            retries = self._retries
+        context = self._context
+        context.log.warning("link_broken", epoch=self._epoch, reason=reason, retries=retries)
+        broken = worker_pb2.LinkMessage(broken=worker_pb2.LinkBroken(reason=reason))
+        try:
+            self._control(broken)
+        except Exception as control_error:
+            context.log.warning("peer_unreachable", reason=str(control_error))
+        if retries > context.config.max_retries:
+            self._fail(f"the link to {context.peer_name} broke {retries} times in a row: {reason}")
+            return
+        context.counters.retried()
+        with self._changed:
+            pause = _BACKOFF_SECONDS * 2 ** (retries - 1)
+            self._changed.wait_for(lambda: self._stopped, pause)
+
+    def _fail(self, reason: str) -> None:
+        """Give up on every leg; a later leg may try again."""
+        with self._changed:
+            if self._stopped:
+                return
+            self._retries = 0
+            failed = self._ledger.fail(reason)
+        self._context.log.error("link_failed", legs=failed, reason=reason)
+        self._context.events.link_failed(failed, reason)
+        self._update(lambda: None)
+
+    def _check_alive(self) -> None:
+        if self._stopped:
+            raise _LinkStoppedError
+        if self._broken:
+            raise LinkError(self._broken)
+
+    def _control(self, message: worker_pb2.LinkMessage) -> None:
+        message.epoch = self._epoch
+        self._context.send_control(message)
+
+    def _prefix(self) -> str:
+        return f"{self._store_prefix}/{self._epoch}"
