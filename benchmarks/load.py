@@ -38,6 +38,7 @@ class LoadJob:
     model: str
     timeout: float
     """Seconds that one request may take."""
+    niceness: int
     requests: tuple[PlannedRequest, ...]
 
 
@@ -157,8 +158,8 @@ def read_result(path: Path) -> tuple[list[RequestRecord], ClientCost]:
 
 def main() -> None:
     """Run one job: arguments are the workload's file and where the result goes."""
-    os.nice(NICENESS)
     job = read_job(Path(sys.argv[1]))
+    os.nice(job.niceness)
     gc.freeze()
     gc.disable()
     records, cost = uvloop.run(replay(job))

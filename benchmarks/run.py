@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,21 +58,22 @@ class RunResult:
 
 
 def measure(
-    scenario: Scenario, mode: Mode, requests: Sequence[PlannedRequest], cores: int
+    scenario: Scenario, mode: Mode, requests: Sequence[PlannedRequest], niceness: int
 ) -> RunResult:
     """Run one workload on one cluster. Raises `ClusterError` or `LoadError`."""
     with running_cluster(scenario.config(mode)) as cluster:
-        warmed_up, _ = _replay(scenario, cluster, _warm_up(requests))
+        warmed_up, _ = _replay(scenario, cluster, _warm_up(requests), niceness)
         if failed := [record.error for record in warmed_up if not record.ok]:
             raise LoadError(f"a request of the warm-up failed: {failed[0] or 'tokens are missing'}")
         counters = read_counters(cluster.metrics_addresses)
         cpu = CpuUse.now(cluster.pid)
-        records, client = _replay(scenario, cluster, requests)
+        records, client = _replay(scenario, cluster, requests, niceness)
         after = CpuUse.now(cluster.pid)
         counters = read_counters(cluster.metrics_addresses).since(counters)
     figures = summarize(records, scenario.objectives)
     figures.update(stage_figures(counters, figures["ttft_mean"]))
     foreign = after.foreign_since(cpu, client.cpu_seconds)
+    capacity = (figures["duration"] or 0.0) * len(os.sched_getaffinity(0))
     return RunResult(
         mode=mode,
         figures=figures,
@@ -79,7 +81,7 @@ def measure(
         client=client,
         counters=counters,
         start_seconds=cluster.start_seconds,
-        foreign_share=ratio(foreign, (figures["duration"] or 0.0) * cores) or 0.0,
+        foreign_share=ratio(foreign, capacity) or 0.0,
     )
 
 
@@ -116,11 +118,19 @@ def _warm_up(requests: Sequence[PlannedRequest]) -> list[PlannedRequest]:
 
 
 def _replay(
-    scenario: Scenario, cluster: RunningCluster, requests: Sequence[PlannedRequest]
+    scenario: Scenario,
+    cluster: RunningCluster,
+    requests: Sequence[PlannedRequest],
+    niceness: int,
 ) -> tuple[list[RequestRecord], ClientCost]:
     """Let the load client send the requests, in its own process."""
     job = LoadJob(
-        cluster.host, cluster.port, scenario.key, scenario.request_timeout, tuple(requests)
+        host=cluster.host,
+        port=cluster.port,
+        model=scenario.key,
+        timeout=scenario.request_timeout,
+        niceness=niceness,
+        requests=tuple(requests),
     )
     with TemporaryDirectory(prefix="tandem-load-") as directory:
         workload, result = Path(directory) / "job.json", Path(directory) / "result.json"

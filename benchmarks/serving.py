@@ -8,7 +8,6 @@ and how to read them is docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ from tandem.core.errors import TandemError
 from tandem.modelfiles import read_json, resolve_model
 
 from benchmarks.launch import ClusterError
+from benchmarks.load import NICENESS
 from benchmarks.machine import describe_machine
 from benchmarks.models import qwen_shaped_model
 from benchmarks.report import machine_line, render_table, save
@@ -55,18 +55,17 @@ class Measured:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clusters are stopped
     machine = describe_machine()
     measured = []
     try:
         for scenario in _scenarios(options):
-            measured.append(_measure_all(scenario, Path(options.trace)))
+            measured.append(_measure_all(scenario, Path(options.trace), options.client_nice))
             print(f"\n{_section(measured[-1])}\n", flush=True)
     except (ClusterError, LoadError, TandemError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the cluster is stopped", file=sys.stderr)
+        print("\ninterrupted; the cluster is stopped", file=sys.stderr)
         return 130
     markdown = "\n\n".join([*(_section(item) for item in measured), machine_line(machine)])
     raw = {"machine": machine, "measured": [_raw(item) for item in measured]}
@@ -84,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rate", type=float, help="requests per second")
     add("--requests", type=_positive, help="requests per run")
     add("--length-factor", type=float, help="what the trace's lengths are multiplied by")
+    add("--client-nice", type=int, default=NICENESS, help="priority of the load client")
     add("--bundled-model", default="", metavar="DIR", help="another copy of the bundled model")
     add("--trace", default=str(TRACE), help="Azure LLM inference trace; absent: a synthetic mix")
     add("--results", default=str(RESULTS), metavar="DIR", help="where tables and results go")
@@ -114,7 +114,7 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
     return [replace(scenario, **given) for scenario in chosen]
 
 
-def _measure_all(scenario: Scenario, trace: Path) -> Measured:
+def _measure_all(scenario: Scenario, trace: Path, niceness: int) -> Measured:
     """Measure both ways of serving in turn, `scenario.runs` times."""
     workload, source = plan_workload(scenario, trace)
     runs: list[RunResult] = []
@@ -123,7 +123,7 @@ def _measure_all(scenario: Scenario, trace: Path) -> Measured:
         for mode in MODES:
             started = time.monotonic()
             print(f"{scenario.key} {len(runs) + 1}/{total}: {mode} ", end="", flush=True)
-            runs.append(measure(scenario, mode, workload, len(os.sched_getaffinity(0))))
+            runs.append(measure(scenario, mode, workload, niceness))
             print(f"({time.monotonic() - started:.0f} s)", flush=True)
     return Measured(scenario, source, workload, runs)
 
@@ -167,9 +167,12 @@ def _footnote(runs: Sequence[RunResult]) -> str:
     lag = max(run.client.lag_p99 or 0.0 for run in runs)
     cost = median(run.client.cpu_microseconds_per_token or 0.0 for run in runs)
     foreign = max(run.foreign_share for run in runs)
+    niceness = runs[0].client.niceness
+    errors = sorted({record.error for run in runs for record in run.records if record.error})
     return (
-        f"Client: nice 19, {cost:.0f} µs of CPU per token, timer lag p99 ≤ {lag * 1000:.1f} ms. "
-        f"Others took ≤ {foreign:.0%} of the machine during a run."
+        f"Client: nice {niceness}, {cost:.0f} µs of CPU per token, timer lag p99 ≤ "
+        f"{lag * 1000:.1f} ms. Others took ≤ {foreign:.0%} of the machine during a run."
+        + "".join(f"\n- failed: {error}" for error in errors)
     )
 
 
@@ -188,4 +191,5 @@ def _raw(measured: Measured) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so clusters are stopped
     sys.exit(main())

@@ -20,7 +20,7 @@ def job(port: int, *sizes: int, timeout: float = 20.0) -> LoadJob:
         PlannedRequest(index, 0.0, (1, 2, 3), size, shared=False)
         for index, size in enumerate(sizes)
     )
-    return LoadJob("127.0.0.1", port, "tiny", timeout, requests)
+    return LoadJob("127.0.0.1", port, "tiny", timeout, 0, requests)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 20])
