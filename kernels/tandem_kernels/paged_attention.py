@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from tandem_kernels.ragged_batch import RaggedBatch
 
-_BUCKET_TOKENS = 4096
+_BUCKET_TOKENS = 2048
 """Most context tokens gathered at once: a bucket's keys and values should stay in a core's
 cache."""
 _BUCKET_SLACK_TOKENS = 64

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
+from collections.abc import Awaitable
 
 import pytest
-from local_cluster import Connect, LocalCluster, MakeConfig, generate, local_cluster, until_ready
+from local_cluster import Connect, MakeConfig, generate, local_cluster, until_ready
 
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
@@ -16,7 +18,12 @@ from tandem.gateway.dispatch import Dispatcher
 pytestmark = pytest.mark.cluster
 
 REQUESTS = 24
-NEW_TOKENS = 40
+NEW_TOKENS = 60
+NO_PREFIXES: dict[str, dict[str, object]] = {
+    "cache": {"prefix_cache": False},
+    "gateway": {"router": {"policy": "least_loaded"}},
+}
+"""Every run computes everything again, spread over all workers."""
 
 
 def make_prompts(seed: int) -> list[list[int]]:
@@ -44,11 +51,10 @@ async def run_all(dispatcher: Dispatcher, tag: str, prompts: list[list[int]]) ->
     return await asyncio.gather(*calls)
 
 
-async def until_running(cluster: LocalCluster, name: str) -> None:
-    """Wait until a worker is in the middle of work."""
-    async with asyncio.timeout(20):
-        while not (await cluster.status(name)).running:
-            await asyncio.sleep(0.005)
+async def timed(call: Awaitable[list[list[int]]]) -> tuple[list[list[int]], float]:
+    """Return what a run gives and how long it took, to disturb the next one in its middle."""
+    began = time.monotonic()
+    return await call, time.monotonic() - began
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
@@ -57,21 +63,14 @@ async def test_a_worker_lost_at_any_moment_changes_no_output(
     victim: str, number: signal.Signals, make_config: MakeConfig, connect: Connect
 ) -> None:
     prompts = make_prompts(7)
-    config = make_config(cache={"prefix_cache": False})
-    async with (
-        local_cluster(config, prefill=2, decode=2) as cluster,
-        connect(cluster) as dispatcher,
-    ):
-        expected = await run_all(dispatcher, "undisturbed", prompts)
-        for moment in ("at the start", "when it works", "later"):
-            running = asyncio.create_task(run_all(dispatcher, moment, prompts))
-            if moment != "at the start":
-                await until_running(cluster, victim)
-            if moment == "later":
-                await asyncio.sleep(0.2)
+    config = make_config(**NO_PREFIXES)
+    async with local_cluster(config, prefill=2, decode=2) as cluster, connect(cluster) as dispatcher:
+        expected, seconds = await timed(run_all(dispatcher, "undisturbed", prompts))
+        for moment in (0.0, 0.2, 0.5):
+            running = asyncio.create_task(run_all(dispatcher, f"at {moment}", prompts))
+            await asyncio.sleep(moment * seconds)
             cluster.workers[victim].signal(number)
-            outputs = await asyncio.wait_for(running, 90)
-            assert outputs == expected, moment
+            assert await asyncio.wait_for(running, 90) == expected, moment
             await cluster.assert_all_free(set(cluster.workers) - {victim})
             cluster.workers[victim].kill()
             await cluster.add((cluster.workers[victim].role, victim))
@@ -84,11 +83,13 @@ async def test_the_only_prefill_worker_dies_and_decode_goes_on_alone(
     make_config: MakeConfig, connect: Connect
 ) -> None:
     prompts = make_prompts(8)
-    config = make_config(cache={"prefix_cache": False})
-    async with local_cluster(config) as cluster, connect(cluster) as dispatcher:
-        expected = await run_all(dispatcher, "undisturbed", prompts)
+    async with (
+        local_cluster(make_config(**NO_PREFIXES)) as cluster,
+        connect(cluster) as dispatcher,
+    ):
+        expected, seconds = await timed(run_all(dispatcher, "undisturbed", prompts))
         running = asyncio.create_task(run_all(dispatcher, "killed", prompts))
-        await until_running(cluster, "prefill-0")
+        await asyncio.sleep(0.2 * seconds)
         cluster.workers["prefill-0"].kill()
         assert await asyncio.wait_for(running, 90) == expected
         await cluster.publish(["decode-0"])
@@ -101,10 +102,9 @@ async def test_the_only_decode_worker_dies_and_its_replacement_finishes_the_stre
 ) -> None:
     prompts = make_prompts(9)
     async with local_cluster(make_config()) as cluster, connect(cluster) as dispatcher:
-        expected = await run_all(dispatcher, "undisturbed", prompts)
+        expected, seconds = await timed(run_all(dispatcher, "undisturbed", prompts))
         running = asyncio.create_task(run_all(dispatcher, "killed", prompts))
-        await until_running(cluster, "decode-0")
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.4 * seconds)
         cluster.workers["decode-0"].kill()
         await cluster.add(("decode", "decode-0"))
         await cluster.publish()
@@ -122,10 +122,10 @@ async def test_a_short_freeze_is_survived_by_everybody(
         local_cluster(config, prefill=2, decode=2) as cluster,
         connect(cluster) as dispatcher,
     ):
-        expected = await run_all(dispatcher, "undisturbed", prompts)
+        expected, seconds = await timed(run_all(dispatcher, "undisturbed", prompts))
         for victim in ("decode-0", "prefill-0"):
             running = asyncio.create_task(run_all(dispatcher, victim, prompts))
-            await until_running(cluster, victim)
+            await asyncio.sleep(0.2 * seconds)
             cluster.workers[victim].signal(signal.SIGSTOP)
             assert await asyncio.wait_for(running, 90) == expected
             cluster.workers[victim].signal(signal.SIGCONT)

@@ -157,6 +157,13 @@ def test_min_tokens_forbids_whatever_could_stop() -> None:
     assert draw(logits, [make_sequence(output=(9, 9), **params)]) == [EOS[0]]
 
 
+def test_whole_numbers_are_numbers() -> None:
+    """A client's JSON may say 1 where it means 1.0."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 1.0]])
+    seq = make_sequence(temperature=1, top_p=1, min_p=1, presence_penalty=2, logit_bias={0: 9})
+    assert draw(logits, [seq]) == [0]
+
+
 def test_bias_comes_before_penalties() -> None:
     """As in vLLM: a biased score is what the repetition penalty divides."""
     logits = torch.tensor([[1.0, 3.0, 0.0]])

@@ -83,6 +83,8 @@ def test_linear_scaling_lengthens_the_context(tiny_model: TinyModel) -> None:
 
 def test_end_of_sequence_ids(directory: Path) -> None:
     assert spec_of(directory).eos_token_ids == (257, 259)
+    edit(directory / "generation_config.json", eos_token_id=[259, 260, -1])
+    assert spec_of(directory).eos_token_ids == (259,)
     (directory / "generation_config.json").unlink()
     assert spec_of(directory).eos_token_ids == (257,)
     edit(directory / "config.json", eos_token_id=None)

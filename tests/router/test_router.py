@@ -10,6 +10,7 @@ from tandem.core.config import RouterConfig, RoutingPolicy
 from tandem.core.errors import OverloadedError, UnavailableError
 from tandem.kvcache.hashing import chain_hashes
 from tandem.router import Assignment, Router
+from tandem.router.prefix_index import PrefixIndex
 
 BLOCK = 16
 POLICIES: list[RoutingPolicy] = ["round_robin", "least_loaded", "prefix_aware"]
@@ -158,11 +159,19 @@ def test_ten_routers_do_not_herd_onto_the_one_idle_worker(policy: RoutingPolicy)
     assert 40 <= shares["d0"] <= 70, shares
 
 
+def test_prefix_index_forgets_deeper_blocks_before_their_parents() -> None:
+    index = PrefixIndex(capacity=10)
+    old, new = chain_hashes(range(10), 1), chain_hashes(range(100, 104), 1)
+    index.record(old)
+    index.record(new)
+    assert (index.match(old), index.match(new)) == (6, 4)
+
+
 def test_other_routers_load_is_taken_from_reports() -> None:
     router = make_router("least_loaded", decode=["d0", "d1"])
     router.observe("d0", running=5, waiting=3)
     router.observe("stranger", running=5, waiting=3)
-    assert {send(router, f"r{i}", own_prompt(i)).decode for i in range(1)} == {"d1"}
+    assert send(router, "r0", own_prompt(0)).decode == "d1"
     router.observe("d1", running=9, waiting=3)
     assert send(router, "r9", own_prompt(9)).decode == "d0"
 
@@ -172,8 +181,9 @@ def test_a_report_of_this_routers_own_requests_is_not_counted_twice() -> None:
     for i in range(4):
         send(router, f"r{i}", own_prompt(i), exclude=["d1"])
     router.observe("d0", running=4, waiting=0)
-    for i in range(4, 7):
-        assert send(router, f"r{i}", own_prompt(i)).decode == "d1"
+    for i in range(4, 12):
+        send(router, f"r{i}", own_prompt(i))
+    assert (router.in_flight("d0"), router.in_flight("d1")) == (6, 6)
 
 
 def test_refuses_early_when_every_decode_worker_is_full() -> None:

@@ -188,7 +188,8 @@ class Engine:
                 if self.device.type == "cuda":
                     ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     ready.record(torch.cuda.current_stream(self.device))
-                on_layers(LayerGroup(first, layer - first + 1, ready))
+                with torch.inference_mode(False):  # what the caller makes, others may write to
+                    on_layers(LayerGroup(first, layer - first + 1, ready))
 
         return on_written
 

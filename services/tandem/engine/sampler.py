@@ -10,6 +10,7 @@ position is the index that the token gets in its sequence; never of the rest of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
 import torch
@@ -61,7 +62,9 @@ class Sampler:
         if edits:
             rows, token_ids, amounts = zip(*edits, strict=True)
             index = (torch.tensor(rows, device=device), torch.tensor(token_ids, device=device))
-            logits.index_put_(index, torch.tensor(amounts, device=device), accumulate=True)
+            logits.index_put_(
+                index, torch.tensor(amounts, dtype=torch.float32, device=device), accumulate=True
+            )
         if penalised:
             self._penalise(logits, penalised, sequences, params)
         return logits
@@ -96,6 +99,7 @@ class Sampler:
                 (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
                 for p in (params[row] for row in rows)
             ],
+            dtype=torch.float32,
             device=device,
         )
         index = torch.tensor(rows, device=device)
@@ -108,20 +112,24 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """Return int64 [rows]: argmax of truncated logits / temperature + noise."""
     params = [seq.request.sampling for seq in sequences]
     device = logits.device
-    temperatures = [max(sampling.temperature, _MIN_TEMPERATURE) for sampling in params]
+
+    def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=device)
+
     # Only differences matter; taken from the maximum, no division can overflow.
     scaled = logits - logits.amax(1, keepdim=True)
-    scaled /= torch.tensor(temperatures, device=device)[:, None]
-    seeds = torch.tensor([_as_int64(sampling.seed) for sampling in params], device=device)
-    positions = torch.tensor([seq.num_tokens for seq in sequences], device=device)
+    temperatures = (max(sampling.temperature, _MIN_TEMPERATURE) for sampling in params)
+    scaled /= column(temperatures, torch.float32)[:, None]
+    seeds = column((_as_int64(sampling.seed) for sampling in params), torch.int64)
+    positions = column((seq.num_tokens for seq in sequences), torch.int64)
     if not any(map(_truncates, params)):
         vocab = torch.arange(logits.shape[1], device=device)
         return scaled.add_(gumbel_noise(seeds, positions, vocab)).argmax(1)
     truncate_logits(
         scaled,
-        torch.tensor([sampling.top_k for sampling in params], device=device),
-        torch.tensor([sampling.top_p for sampling in params], dtype=torch.float64, device=device),
-        torch.tensor([sampling.min_p for sampling in params], device=device),
+        column((sampling.top_k for sampling in params), torch.int64),
+        column((sampling.top_p for sampling in params), torch.float64),
+        column((sampling.min_p for sampling in params), torch.float32),
     )
     # Few tokens are left as a rule: only those get noise.
     rows, token_ids = torch.isfinite(scaled).nonzero(as_tuple=True)

@@ -91,7 +91,7 @@ def load_spec(model_dir: Path, model: ModelConfig, device: str = "cpu") -> Model
         sliding_window=min(windows, default=None),
         dtype=_dtype(hf, model, device),
         revision=_revision(model_dir),
-        eos_token_ids=_eos_token_ids(config, generation),
+        eos_token_ids=_eos_token_ids(config, generation, decoder.vocab_size),
         generation_defaults=MappingProxyType(
             {
                 name: generation[name]
@@ -126,15 +126,20 @@ def _dtype(hf: HFConfig, model: ModelConfig, device: str) -> str:
     return str(stored)
 
 
-def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """What `generation_config.json` says goes before `config.json`, as in `transformers`."""
+def _eos_token_ids(
+    config: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int
+) -> tuple[int, ...]:
+    """What `generation_config.json` says goes before `config.json`, as in `transformers`.
+
+    Ids outside the vocabulary, which some files name, can never be drawn and are left out.
+    """
     stated = generation.get("eos_token_id")
     if stated is None:
         stated = config.get("eos_token_id")
     ids = [] if stated is None else stated if isinstance(stated, list) else [stated]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise ModelLoadError(f"eos_token_id is {stated!r}; supported: a token id or a list of them")
-    return tuple(dict.fromkeys(ids))
+    return tuple(token_id for token_id in dict.fromkeys(ids) if 0 <= token_id < vocab_size)
 
 
 def _revision(model_dir: Path) -> str:

@@ -80,7 +80,7 @@ class WorkerPool:
         loads = self._loads(eligible, num_tokens)
         cached = [worker.prefixes.match(hashes) * self._block_size for worker in eligible]
         candidates = {
-            worker.name: Candidate(worker.name, load, min(tokens, num_tokens))
+            worker.name: Candidate(worker.name, load, tokens)
             for worker, load, tokens in zip(eligible, loads, cached, strict=True)
         }
         name = self._policy.choose(list(candidates.values()))

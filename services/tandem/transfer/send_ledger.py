@@ -169,6 +169,7 @@ class SendLedger:
         """The link is dead for good: drop everything. Returns the legs that fail."""
         self._queue.clear()
         self._in_flight.clear()
+        self._next_sequence_number = 1
         failed = self.open_legs
         for leg_id in failed:
             leg = self._legs[leg_id]

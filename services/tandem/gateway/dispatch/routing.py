@@ -56,12 +56,26 @@ class Routing:
         self._suspects = Suspects(SUSPICION_SECONDS)
 
     def set_membership(self, membership: Membership) -> None:
-        """Take the controller's list; `refresh` follows once the streams have been adapted."""
+        """Take the controller's list; `refresh` follows once the streams have been adapted.
+
+        A worker that came back under its name has an empty cache and no load: the router forgets
+        what it knew of the one before.
+        """
+        self._forget_replaced(membership)
         self.membership = membership
         self._suspects.keep(membership.prefill)
         if self._router is None and membership.model is not None:
             self._block_size = membership.model.block_size
             self._router = Router(self._config, self._block_size, self._seed)
+
+    def _forget_replaced(self, membership: Membership) -> None:
+        if self._router is None:
+            return
+        old, new = self.membership, membership
+        self._router.set_members(
+            [name for name, member in new.prefill.items() if old.prefill.get(name) == member],
+            [name for name, member in new.decode.items() if old.decode.get(name) == member],
+        )
 
     def refresh(self) -> None:
         """Tell the router who can be chosen now."""

@@ -65,7 +65,7 @@ class DecodeStream:
         self.was_ready = False
         self._gateway_id = gateway_id
         self._events = events
-        self._outbox: asyncio.Queue[worker_pb2.GatewayMessage] = asyncio.Queue()
+        self._outbox: asyncio.Queue[worker_pb2.GatewayMessage | None] = asyncio.Queue()
         self._closed = False
         self._retired = False
         self._num_requests = 0
@@ -128,6 +128,7 @@ class DecodeStream:
         self._closed = True
         self.ready = False
         self._watchdog.stop()
+        self._outbox.put_nowait(None)
         if self._call is not None:
             self._call.cancel()
         self._events.stream_closed(self, cause, detail)
@@ -167,8 +168,8 @@ class DecodeStream:
                 gateway_id=self._gateway_id, expected_incarnation=self.member.incarnation
             )
         )
-        while True:
-            yield await self._outbox.get()
+        while (message := await self._outbox.get()) is not None:
+            yield message
 
     def _watchdog_busy(self) -> None:
         if not self._closed and self._num_requests <= 1:

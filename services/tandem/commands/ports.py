@@ -1,0 +1,63 @@
+"""Ports: checked before anything starts, so that a busy one is told in a sentence.
+
+A check is not a reservation; the servers still report a port that was taken in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Mapping
+
+from tandem.config import FLAGS
+from tandem.core.config import TandemConfig
+from tandem.core.errors import ConfigError, UnavailableError
+
+
+def settle_ports(config: TandemConfig, settings: Mapping[str, tuple[str, int]]) -> TandemConfig:
+    """Check each `setting -> (host, port)` and replace port 0 by a free one.
+
+    Raises `ConfigError` if two settings name one port, `UnavailableError` if a port is in use.
+    """
+    taken: dict[int, str] = {}
+    for setting, (host, port) in settings.items():
+        if port in taken:
+            raise ConfigError(f"{taken[port]} and {setting} are both {port}; they must differ")
+        settled = _check(setting, host, port)
+        taken[settled] = setting
+        section, _, field = setting.partition(".")
+        changed = getattr(config, section).model_copy(update={field: settled})
+        config = config.model_copy(update={section: changed})
+    return config
+
+
+def serve_ports(config: TandemConfig, *, dashboard: bool) -> dict[str, tuple[str, int]]:
+    """Every port that `tandem serve` listens on."""
+    gateway, controller = config.gateway, config.controller
+    ports = {
+        "gateway.port": (gateway.host, gateway.port),
+        "gateway.grpc_port": (gateway.host, gateway.grpc_port),
+        "controller.port": (controller.host, controller.port),
+    }
+    if dashboard:
+        ports["controller.dashboard_port"] = ("127.0.0.1", controller.dashboard_port)
+    return ports
+
+
+def _check(setting: str, host: str, port: int) -> int:
+    flag = FLAGS[setting]
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            # As servers do, so that connections of an earlier run in TIME_WAIT do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UnavailableError(
+                f"port {port} ({flag}) is in use by another program; choose another with {flag}"
+            ) from error
+        raise UnavailableError(
+            f"cannot listen on {host}:{port} ({flag}): {error.strerror or error}"
+        ) from error

@@ -1,0 +1,107 @@
+"""The last one to leave: a small process that ends whatever a local cluster left behind.
+
+It waits on a pipe that only `tandem serve` holds open. When the pipe closes, in good order or
+because serve was killed, every process that carries the cluster's mark in its environment is
+killed and the cluster's directory removed. It marks no process itself and touches no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+MARK = "TANDEM_CLUSTER_MARK"
+SWEEP_TIMEOUT = 20.0
+SWEEP_INTERVAL = 0.1
+
+
+class Reaper:
+    """The pipe's other end, held by `tandem serve`."""
+
+    def __init__(self) -> None:
+        mark = secrets.token_hex(8)
+        os.environ[MARK] = mark  # inherited by every process of the cluster from here on
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tandem.commands.reaper", mark, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
+
+    def own_directory(self, directory: Path) -> None:
+        """Have a directory removed at the end."""
+        self._tell(str(directory))
+
+    def disown_directories(self) -> None:
+        """Keep every directory after all, because something went wrong and its logs say what."""
+        self._tell("keep")
+
+    def finish(self) -> None:
+        """Let it sweep, and return when nothing is left."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=SWEEP_TIMEOUT + 5.0)
+
+    def _tell(self, line: str) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(f"{line}\n")
+                self._process.stdin.flush()
+
+
+def sweep(mark: str, spare: set[int]) -> None:
+    """Kill every process that carries the mark, until a look around finds none."""
+    deadline = time.monotonic() + SWEEP_TIMEOUT
+    while time.monotonic() < deadline:
+        found = [process for process in psutil.process_iter() if _is_marked(process, mark, spare)]
+        if not found:
+            return
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        time.sleep(SWEEP_INTERVAL)
+
+
+def _is_marked(process: psutil.Process, mark: str, spare: set[int]) -> bool:
+    if process.pid in spare:
+        return False
+    try:
+        marked: bool = process.environ().get(MARK) == mark
+        return marked and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except (psutil.Error, OSError):  # gone meanwhile, or not ours
+        return False
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a Ray session's directory and the link to it that would be left dangling."""
+    shutil.rmtree(directory, ignore_errors=True)
+    latest = directory.parent / "session_latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Wait for the end of standard input, then sweep."""
+    mark, parent = sys.argv[1], int(sys.argv[2])
+    directories: list[Path] = []
+    for line in sys.stdin:
+        if line.strip() == "keep":
+            directories.clear()
+        else:
+            directories.append(Path(line.strip()))
+    sweep(mark, spare={os.getpid(), parent})
+    for directory in directories:
+        remove_directory(directory)
+
+
+if __name__ == "__main__":
+    main()

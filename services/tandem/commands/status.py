@@ -1,0 +1,150 @@
+"""`tandem status`: what the controller knows, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import grpc
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tandem.commands.options import ControllerAddress
+from tandem.commands.progress import STATE_STYLES, role_name, state_name
+from tandem.commands.terminal import console, reachable, tandem_command
+from tandem.config import load_config
+from tandem.core.errors import UnavailableError
+from tandem.v1 import cluster_pb2, cluster_pb2_grpc
+
+TIMEOUT = 5.0
+REFRESH_INTERVAL = 1.0
+
+
+def status(
+    controller: ControllerAddress = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="refresh until ctrl-C")] = False,
+) -> None:
+    """Show the workers: state, load, KV blocks, links, tokens per second."""
+    address = controller or default_controller()
+    with grpc.insecure_channel(address) as channel:
+        stub = cluster_pb2_grpc.ClusterStub(channel)
+        if as_json:
+            typer.echo(json.dumps(as_dict(fetch(stub, address)), indent=2))
+        elif watch:
+            _watch(stub, address)
+        else:
+            console.print(render(fetch(stub, address)))
+
+
+def default_controller() -> str:
+    """The controller's address by configuration."""
+    config = load_config().controller
+    return reachable(config.host, config.port)
+
+
+def fetch(stub: cluster_pb2_grpc.ClusterStub, address: str) -> cluster_pb2.ClusterStatus:
+    """Ask the controller. Raises `UnavailableError` that says what to do."""
+    try:
+        return stub.Status(cluster_pb2.StatusRequest(), timeout=TIMEOUT)
+    except grpc.RpcError as error:
+        raise UnavailableError(
+            f"no Tandem controller answers at {address}; start one with "
+            f"`{tandem_command()} serve`, or name it with --controller HOST:PORT"
+        ) from error
+
+
+def as_dict(cluster: cluster_pb2.ClusterStatus) -> dict[str, object]:
+    """What `--json` prints."""
+    return {
+        "model": cluster.model,
+        "membership_version": cluster.membership_version,
+        "dashboard": cluster.dashboard,
+        "workers": [_worker_dict(worker) for worker in cluster.workers],
+    }
+
+
+def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
+    return {
+        "name": worker.name,
+        "role": role_name(worker),
+        "state": state_name(worker),
+        "pid": worker.pid,
+        "node": worker.node,
+        "device": worker.device,
+        "incarnation": worker.incarnation,
+        "address": worker.address,
+        "metrics_address": worker.metrics_address,
+        "running": worker.running,
+        "waiting": worker.waiting,
+        "blocks_used": worker.blocks_used,
+        "blocks_cached": worker.blocks_cached,
+        "blocks_total": worker.blocks_total,
+        "links": worker.links,
+        "tokens_per_second": worker.tokens_per_second,
+        "iterations": worker.iterations,
+        "restarts": worker.restarts,
+        "detail": worker.detail,
+    }
+
+
+def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
+    """What people see."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("worker", "role", "state", "pid", "node", "device"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (
+        "running",
+        "waiting",
+        "blocks used / cached / total",
+        "links",
+        "tok/s",
+        "restarts",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for worker in cluster.workers:
+        table.add_row(*_row(worker))
+    lines: list[RenderableType] = [
+        Text(f"model {cluster.model}, membership version {cluster.membership_version}"),
+        table,
+    ]
+    lines += [
+        Text(f"{worker.name}: {worker.detail}", style="dim")
+        for worker in cluster.workers
+        if worker.detail
+    ]
+    if cluster.dashboard:
+        lines.append(Text(f"dashboard {cluster.dashboard}", style="dim"))
+    return Group(*lines)
+
+
+def _row(worker: cluster_pb2.WorkerStatus) -> list[str | Text]:
+    state = state_name(worker)
+    return [
+        worker.name,
+        role_name(worker),
+        Text(state, style=STATE_STYLES.get(state, "")),
+        str(worker.pid or "-"),
+        worker.node or "-",
+        worker.device or "-",
+        str(worker.running),
+        str(worker.waiting),
+        f"{worker.blocks_used} / {worker.blocks_cached} / {worker.blocks_total}",
+        str(worker.links),
+        f"{worker.tokens_per_second:.1f}",
+        str(worker.restarts),
+    ]
+
+
+def _watch(stub: cluster_pb2_grpc.ClusterStub, address: str) -> None:
+    with Live(render(fetch(stub, address)), console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(REFRESH_INTERVAL)
+                live.update(render(fetch(stub, address)), refresh=True)
+        except KeyboardInterrupt:
+            return

@@ -1,0 +1,157 @@
+"""The one place that both edges call: checks requests, runs them, says what came out in text.
+
+Knows nothing of HTTP or of gRPC messages, and nothing of workers. Invariant: whenever a stream of
+`generate` ends, by itself, by an error or because it was closed, the dispatcher's stream is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from tandem.core.errors import ModelNotFoundError, TandemError
+from tandem.core.request import Request
+from tandem.gateway.interfaces import Dispatcher
+from tandem.gateway.metrics import GatewayMetrics
+from tandem.gateway.model import ModelLoader, ServedModel
+from tandem.gateway.output import OutputAssembler, TextEvent
+from tandem.gateway.params import (
+    SamplingOptions,
+    check_priority_and_salt,
+    check_prompt,
+    complete_sampling,
+)
+
+_INLINE_CHARACTERS = 8192
+"""Longer texts are tokenized in a thread, so that they do not hold up the streams."""
+
+
+class InferenceService:
+    """What a gateway can do, for every edge alike."""
+
+    def __init__(self, dispatcher: Dispatcher, metrics: GatewayMetrics) -> None:
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._loader = ModelLoader(dispatcher)
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to look out for the model. Needs a running event loop; returns at once."""
+        await self._dispatcher.start()
+        self._watch = asyncio.create_task(self._loader.watch(), name="model-watch")
+
+    async def close(self) -> None:
+        """End the dispatcher and with it every stream."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        await self._dispatcher.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be served now."""
+        return self._dispatcher.ready and self._loader.current is not None
+
+    @property
+    def why_not_ready(self) -> str:
+        """The reason in words; empty when ready."""
+        if self._loader.current is None:
+            return self._loader.why_not
+        return "" if self._dispatcher.ready else "no decode worker is ready"
+
+    @property
+    def served(self) -> ServedModel | None:
+        """The model, once it is known and loaded."""
+        return self._loader.current
+
+    async def model(self, name: str | None) -> ServedModel:
+        """Return the model that a request names; "" or None is the one that is served.
+
+        Raises `ModelNotFoundError` for another name and `UnavailableError` while there is none.
+        """
+        model = await self._loader.get()
+        if name and name != model.info.name:
+            raise ModelNotFoundError(
+                f"model {name!r} does not exist; this server has {model.info.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        return model
+
+    async def encode(
+        self, model: ServedModel, text: str, *, add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """Tokenize; off the event loop when the text is long."""
+        encode = model.tokenizer.encode
+        if len(text) <= _INLINE_CHARACTERS:
+            return tuple(encode(text, add_special_tokens=add_special_tokens))
+        return tuple(await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens))
+
+    def prepare(
+        self,
+        model: ServedModel,
+        token_ids: tuple[int, ...],
+        options: SamplingOptions,
+        *,
+        prompt_field: str = "prompt",
+        client_id: str = "",
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """Check everything about a request and fill in every default.
+
+        Its id is unique even if the client's own is not. Raises `InvalidRequestError`.
+        """
+        check_prompt(token_ids, prompt_field, model.info)
+        check_priority_and_salt(priority, cache_salt)
+        sampling = complete_sampling(options, len(token_ids), model.info, model.defaults)
+        suffix = secrets.token_hex(8)
+        return Request(
+            request_id=f"{client_id}-{suffix}" if client_id else suffix,
+            token_ids=token_ids,
+            prompt_len=len(token_ids),
+            sampling=sampling,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+
+    async def generate(
+        self, model: ServedModel, request: Request, arrival: float
+    ) -> AsyncGenerator[TextEvent, None]:
+        """Run a prepared request; the last event has a finish reason and the usage.
+
+        `arrival` is the `time.perf_counter()` at which the request came in. Raises what the
+        dispatcher raises.
+        """
+        assembler = OutputAssembler(model.tokenizer, request.sampling, request.prompt_len)
+        first = last = 0.0
+        async with aclosing(self._dispatcher.generate(request)) as outputs:
+            async for output in outputs:
+                now = time.perf_counter()
+                if output.stages is not None:
+                    self._metrics.stages(output.stages)
+                if first:
+                    self._metrics.next_tokens(now - last)
+                else:
+                    first = now
+                    self._metrics.first_token(now - arrival)
+                last = now
+                event = assembler.feed(output)
+                if event.usage is not None:
+                    self._metrics.finished(
+                        prompt_tokens=event.usage.prompt_tokens,
+                        completion_tokens=event.usage.completion_tokens,
+                        cached_tokens=event.usage.cached_tokens,
+                        end_to_end_seconds=now - arrival,
+                        decode_seconds=now - first,
+                    )
+                    await outputs.aclose()
+                yield event
+                if event.usage is not None:
+                    return
+        raise TandemError("the stream ended without a finish reason")
