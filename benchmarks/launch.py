@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from urllib.request import urlopen
 
 import grpc
-import psutil  # type: ignore[import-untyped]
+import psutil
 import yaml
 from tandem.core.config import TandemConfig
 from tandem.v1 import cluster_pb2

@@ -48,7 +48,8 @@ class ClientCost:
 
     niceness: int
     cpu_seconds: float
-    cpu_microseconds_per_token: float | None
+    core_share: float
+    """Part of one core that it used while it ran."""
     lag_p50: float | None
     """Seconds by which a timer in the client's event loop fired late."""
     lag_p99: float | None
@@ -68,14 +69,13 @@ async def replay(job: LoadJob) -> tuple[list[RequestRecord], ClientCost]:
     pairs = zip(job.requests, payloads, strict=True)
     tasks = [_send(job, request, payload, start) for request, payload in pairs]
     records = list(await asyncio.gather(*tasks))
-    cpu = time.process_time() - cpu
+    cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
     probe.cancel()
-    tokens = sum(len(record.token_times) for record in records)
     delays = [record.sent_at - record.scheduled_at for record in records]
     cost = ClientCost(
         niceness=os.nice(0),
         cpu_seconds=cpu,
-        cpu_microseconds_per_token=cpu / tokens * 1e6 if tokens else None,
+        core_share=cpu / seconds,
         lag_p50=percentile(lags, 50),
         lag_p99=percentile(lags, 99),
         send_delay_p99=percentile(delays, 99),

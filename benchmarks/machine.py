@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 PACKAGES = ("tandem-serve", "torch", "ray", "grpcio", "numpy")
 
@@ -52,10 +52,13 @@ class CpuUse:
         processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
         return cls(busy, getattr(times, "steal", 0.0), _cpu_seconds(processes))
 
+    def tree_since(self, before: CpuUse) -> float:
+        """CPU seconds that the tree used."""
+        return sum(seconds - before.tree.get(pid, 0.0) for pid, seconds in self.tree.items())
+
     def foreign_since(self, before: CpuUse, ours: float) -> float:
         """CPU seconds that neither the tree nor we (`ours` seconds) used, and those stolen."""
-        tree = sum(seconds - before.tree.get(pid, 0.0) for pid, seconds in self.tree.items())
-        used = self.everybody - before.everybody - tree - ours
+        used = self.everybody - before.everybody - self.tree_since(before) - ours
         return max(0.0, used) + self.stolen - before.stolen
 
 

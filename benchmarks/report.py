@@ -24,7 +24,7 @@ def _milliseconds(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value * 100:.1f}"
+    return f"{value * 100:.1f}" if value >= 0.01 or not value else f"{value * 100:.2f}"
 
 
 def _number(value: float) -> str:
@@ -58,6 +58,7 @@ ROWS = (
     Row("Within objectives, %", "attainment", _percent, compared=False),
     Row("Exposed transfer, % of TTFT", "exposed_share", _percent, compared=False),
     Row("Prefix hit rate, %", "prefix_hit_rate", _percent, compared=False),
+    Row("CPU used, % of all cores", "cpu_share", _percent, compared=False),
     Row("Failures", "failures", _count, compared=False),
 )
 ABSENT = "–"

@@ -74,6 +74,7 @@ def measure(
     figures.update(stage_figures(counters, figures["ttft_mean"]))
     foreign = after.foreign_since(cpu, client.cpu_seconds)
     capacity = (figures["duration"] or 0.0) * len(os.sched_getaffinity(0))
+    figures["cpu_share"] = ratio(after.tree_since(cpu), capacity)
     return RunResult(
         mode=mode,
         figures=figures,

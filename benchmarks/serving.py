@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tandem.core.errors import TandemError
@@ -165,12 +164,12 @@ def _section(measured: Measured) -> str:
 def _footnote(runs: Sequence[RunResult]) -> str:
     """What the client cost and who else used the machine: how far the figures can be trusted."""
     lag = max(run.client.lag_p99 or 0.0 for run in runs)
-    cost = median(run.client.cpu_microseconds_per_token or 0.0 for run in runs)
+    cost = max(run.client.core_share for run in runs)
     foreign = max(run.foreign_share for run in runs)
     niceness = runs[0].client.niceness
     errors = sorted({record.error for run in runs for record in run.records if record.error})
     return (
-        f"Client: nice {niceness}, {cost:.0f} µs of CPU per token, timer lag p99 ≤ "
+        f"Client: nice {niceness}, ≤ {cost:.1%} of a core, timer lag p99 ≤ "
         f"{lag * 1000:.1f} ms. Others took ≤ {foreign:.0%} of the machine during a run."
         + "".join(f"\n- failed: {error}" for error in errors)
     )

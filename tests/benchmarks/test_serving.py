@@ -47,7 +47,7 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
             for request in requests
         ]
         figures = summarize(records, scenario.objectives)
-        client = ClientCost(niceness, 0.1, 50.0, 0.0001, 0.002, 0.001)
+        client = ClientCost(niceness, 0.1, 0.01, 0.0001, 0.002, 0.001)
         return RunResult(mode, figures, records, client, Counters({}), 5.0, 0.01)
 
     monkeypatch.setattr(serving, "measure", measure)
