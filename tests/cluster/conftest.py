@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from local_cluster import Connect, LocalCluster, MakeConfig, Recorder, until_ready
-from tiny_models import make_tiny_model
 
+from local_cluster import Connect, LocalCluster, MakeConfig, Recorder, until_ready
 from tandem.core.config import TandemConfig
 from tandem.gateway.dispatch import Dispatcher
+from tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(tiny_llama: Path) -> MakeConfig:
     """Small blocks, small chunks, short timeouts: everything that can go wrong goes wrong soon."""
 
-    def make(model: Path = tiny_llama, **sections: dict[str, object]) -> TandemConfig:
+    def make(model: Path = tiny_llama, /, **sections: dict[str, object]) -> TandemConfig:
         base: dict[str, dict[str, object]] = {
             "model": {"path": str(model), "served_name": "tiny"},
             "cache": {"block_size": 4, "num_blocks": 2048},

@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
+
 from tandem.transfer.receive_ledger import PieceRange, ReceiveLedger, RejectedPieceError
 from tandem.transfer.send_ledger import Outgoing, SendLedger
 from tandem.transfer.types import Piece

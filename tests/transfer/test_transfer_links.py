@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transfer_endpoint import Endpoint, TorchBlocks
+from transfer_pair import Connect, Pair
+
 from tandem.core.config import TransferConfig
 from tandem.core.errors import PeerMismatchError
 from tandem.transfer import PeerTransfer, check_kv_spec
 from tandem.v1 import worker_pb2
-from transfer_endpoint import Endpoint, TorchBlocks
-from transfer_pair import Connect, Pair
 
 
 def send_range(pair: Pair, leg: int, count: int, *, finish: bool = True) -> None:

@@ -7,10 +7,11 @@ import threading
 
 import pytest
 import torch
-from tandem.core.config import TransferConfig
-from tandem.transfer import TransferStats
 from transfer_endpoint import Endpoint, TorchBlocks
 from transfer_pair import Connect
+
+from tandem.core.config import TransferConfig
+from tandem.transfer import TransferStats
 
 
 def ragged(rng: random.Random, total: int) -> list[tuple[int, int]]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tandem.core.config import TransferConfig
 from transfer_endpoint import WAIT_SECONDS, Endpoint, TorchBlocks
 from transfer_process import PeerProcess
+
+from tandem.core.config import TransferConfig
 
 PATIENT = TransferConfig(connect_timeout=1000, transfer_timeout=1000)
 """Whoever waits for one of these time-outs fails the test."""

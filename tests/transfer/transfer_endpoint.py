@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
+
 from tandem.core.config import TransferConfig
 from tandem.transfer import LinkBudget, PeerTransfer, Piece, Rendezvous, make_kv_spec
 from tandem.v1 import worker_pb2

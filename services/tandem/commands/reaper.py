@@ -11,12 +11,11 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-import psutil
 
 MARK = "TANDEM_CLUSTER_MARK"
 SWEEP_TIMEOUT = 20.0
@@ -62,27 +61,37 @@ def sweep(mark: str, spare: set[int]) -> None:
     """Kill every process that carries the mark, until a look around finds none."""
     deadline = time.monotonic() + SWEEP_TIMEOUT
     while time.monotonic() < deadline:
-        found = [process for process in psutil.process_iter() if _is_marked(process, mark, spare)]
+        found = [pid for pid in _process_ids() if pid not in spare and _is_marked(pid, mark)]
         if not found:
             return
-        for process in found:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(SWEEP_INTERVAL)
 
 
-def _is_marked(process: psutil.Process, mark: str, spare: set[int]) -> bool:
-    if process.pid in spare:
-        return False
+def _process_ids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
+def _is_marked(pid: int, mark: str) -> bool:
+    """Reads the kernel's block itself: Ray's processes overwrite its beginning with their titles,
+    which libraries that parse it stop at. A zombie's block is empty.
+    """
     try:
-        marked: bool = process.environ().get(MARK) == mark
-        return marked and bool(process.status() != psutil.STATUS_ZOMBIE)
-    except (psutil.Error, OSError):  # gone meanwhile, or not ours
+        block = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # gone meanwhile, or not ours
         return False
+    return f"{MARK}={mark}".encode() in block.split(b"\0")
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a Ray session's directory and the link to it that would be left dangling."""
+    """Remove a Ray session's directory and the link to it that would be left dangling.
+
+    Refuses what is not plainly the directory of a Ray session.
+    """
+    if not directory.is_absolute() or not directory.name.startswith("session_"):
+        raise ValueError(f"{directory} is not the directory of a Ray session")
     shutil.rmtree(directory, ignore_errors=True)
     latest = directory.parent / "session_latest"
     if latest.is_symlink() and not latest.exists():

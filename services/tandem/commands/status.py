@@ -94,32 +94,21 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
 
 def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     """What people see."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("worker", "role", "state", "pid", "node", "device"):
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for heading in ("worker", "role", "state", "pid", "device"):
         table.add_column(heading, no_wrap=True)
-    for heading in (
-        "running",
-        "waiting",
-        "blocks used / cached / total",
-        "links",
-        "tok/s",
-        "restarts",
-    ):
+    for heading in ("run", "wait", "used/cached/total", "links", "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for worker in cluster.workers:
         table.add_row(*_row(worker))
-    lines: list[RenderableType] = [
-        Text(f"model {cluster.model}, membership version {cluster.membership_version}"),
-        table,
-    ]
-    lines += [
-        Text(f"{worker.name}: {worker.detail}", style="dim")
-        for worker in cluster.workers
-        if worker.detail
-    ]
+    nodes = sorted({worker.node for worker in cluster.workers if worker.node})
+    facts = [f"model {cluster.model}", f"membership {cluster.membership_version}"]
+    facts += [f"node {nodes[0]}"] if len(nodes) == 1 else []
+    lines: list[RenderableType] = [Text(", ".join(facts)), table]
+    lines += [_note(worker, many_nodes=len(nodes) > 1) for worker in cluster.workers]
     if cluster.dashboard:
         lines.append(Text(f"dashboard {cluster.dashboard}", style="dim"))
-    return Group(*lines)
+    return Group(*(line for line in lines if line))
 
 
 def _row(worker: cluster_pb2.WorkerStatus) -> list[str | Text]:
@@ -129,15 +118,21 @@ def _row(worker: cluster_pb2.WorkerStatus) -> list[str | Text]:
         role_name(worker),
         Text(state, style=STATE_STYLES.get(state, "")),
         str(worker.pid or "-"),
-        worker.node or "-",
         worker.device or "-",
         str(worker.running),
         str(worker.waiting),
-        f"{worker.blocks_used} / {worker.blocks_cached} / {worker.blocks_total}",
+        f"{worker.blocks_used}/{worker.blocks_cached}/{worker.blocks_total}",
         str(worker.links),
         f"{worker.tokens_per_second:.1f}",
-        str(worker.restarts),
     ]
+
+
+def _note(worker: cluster_pb2.WorkerStatus, *, many_nodes: bool) -> Text:
+    """What does not fit into the table, where there is something to say."""
+    notes = [f"node {worker.node}"] if many_nodes and worker.node else []
+    notes += [f"replaced {worker.restarts} times"] if worker.restarts else []
+    notes += [worker.detail] if worker.detail else []
+    return Text(f"{worker.name}: {', '.join(notes)}" if notes else "", style="dim")
 
 
 def _watch(stub: cluster_pb2_grpc.ClusterStub, address: str) -> None:

@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 PROGRESS_INTERVAL = 0.2
 PROGRESS_TIMEOUT = 1.0
-STOP_TIMEOUT = 10.0
+STOP_TIMEOUT = 6.0
 
 
 class PoolManager:

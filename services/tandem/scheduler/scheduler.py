@@ -82,7 +82,7 @@ class Scheduler:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
         self._check_context(len(request.token_ids))
         most_tokens = min(request.max_len, self.max_model_len)
-        needed = self._num_blocks(most_tokens) + 1
+        needed = self._num_blocks(most_tokens)
         if needed > self.pool.num_blocks:
             raise InvalidRequestError(
                 f"prompt and max_tokens make up to {most_tokens} tokens, which need {needed} KV "

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 import pytest_asyncio
+
 from tandem.core.config import GatewayConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
@@ -42,7 +43,7 @@ def expected_tokens(request: Request) -> list[int]:
 async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait until a condition holds; fail if it does not in time."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the conditions belong to others
+        while not condition():
             await asyncio.sleep(0.002)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from tandem.core.errors import UnavailableError
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
