@@ -23,10 +23,10 @@ from urllib.request import urlopen
 import grpc
 import psutil
 import yaml
-from tandem.core.config import TandemConfig
-from tandem.v1 import cluster_pb2
 
 from benchmarks.scrape import cluster_status
+from tandem.core.config import TandemConfig
+from tandem.v1 import cluster_pb2
 
 HOST = "127.0.0.1"
 READY_TIMEOUT = 180.0

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tandem.core.config import TandemConfig
-
 from benchmarks.measures import Objectives
+from tandem.core.config import TandemConfig
 
 Mode = Literal["disaggregated", "colocated"]
 MODES: tuple[Mode, ...] = ("disaggregated", "colocated")

@@ -11,6 +11,7 @@ from urllib.request import urlopen
 
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
+
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 
 STAGE_SECONDS = "tandem_worker_stage_seconds"

@@ -16,9 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tandem.core.errors import TandemError
-from tandem.modelfiles import read_json, resolve_model
-
 from benchmarks.launch import ClusterError
 from benchmarks.load import NICENESS
 from benchmarks.machine import describe_machine
@@ -34,6 +31,8 @@ from benchmarks.workload import (
     read_trace,
     synthetic_trace,
 )
+from tandem.core.errors import TandemError
+from tandem.modelfiles import read_json, resolve_model
 
 TRACE = ROOT.parent / "shared" / "traces" / "azure_2023_conversation.csv"
 RESULTS = ROOT / "benchmarks" / "results"

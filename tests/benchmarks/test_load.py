@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from benchmarks.load import LoadJob, read_job, read_result, replay, write_job, write_result
 from benchmarks.workload import PlannedRequest
 

@@ -6,9 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from benchmarks.measures import (
     Objectives,
     RequestRecord,
@@ -17,6 +14,8 @@ from benchmarks.measures import (
     spread,
     summarize,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 WIDE = Objectives(ttft=100, tpot=100)
 

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmarks import models
 from safetensors import safe_open
 from tokenizers import Tokenizer
-
-from benchmarks import models
 
 SMALL = {
     **models.QWEN_SHAPE,

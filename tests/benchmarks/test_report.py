@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from prometheus_client import generate_latest
-from tandem.worker.metrics import WorkerMetrics
-
 from benchmarks.machine import describe_machine
 from benchmarks.report import ROWS, Figures, machine_line, render_table, save
 from benchmarks.run import stage_figures
 from benchmarks.scenario import MODES, bundled, quick, qwen
 from benchmarks.scrape import parse_counters
+from prometheus_client import generate_latest
+
+from tandem.worker.metrics import WorkerMetrics
 
 
 def cells(table: str, label: str) -> list[str]:

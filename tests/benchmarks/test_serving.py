@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from benchmarks import serving
 from benchmarks.launch import ClusterError
 from benchmarks.load import ClientCost

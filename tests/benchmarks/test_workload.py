@@ -7,9 +7,6 @@ from pathlib import Path
 from statistics import fmean, median
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from benchmarks.workload import (
     Arrival,
     Mix,
@@ -19,6 +16,8 @@ from benchmarks.workload import (
     rescale,
     synthetic_trace,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
