@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from local_cluster import MakeConfig, local_cluster, until_ready
-from tandem.core.config import TandemConfig
 from tandem.gateway.dispatch import Dispatcher
 from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.server import GatewayServer

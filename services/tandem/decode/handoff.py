@@ -259,6 +259,11 @@ class Handoff:
         runtime.metrics.observe_stage("transfer", leg.transfer_seconds)
         runtime.metrics.observe_stage("transfer_exposed", exposed)
         runtime.metrics.kv_bytes.inc(leg.kv_bytes)
+        active.handover = worker_pb2.HandoverInfo(
+            transfer_seconds=leg.transfer_seconds,
+            exposed_transfer_seconds=exposed,
+            kv_bytes=leg.kv_bytes,
+        )
         self._note_landed(active, leg)
         self._end(active, leg)
         leg.peer.transfer.finish_receives(leg.leg_id)

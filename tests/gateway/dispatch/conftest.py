@@ -80,6 +80,7 @@ class ScriptedWorker(worker_pb2_grpc.DecodeServicer):
         self.reassigns: asyncio.Queue[worker_pb2.Reassign] = asyncio.Queue()
         self.hellos = 0
         self.refusals = 0
+        self.beats = 0
         self._submits = submits
         self._outbox: asyncio.Queue[worker_pb2.DecodeMessage | None] = asyncio.Queue()
         self._awake = asyncio.Event()
@@ -163,6 +164,7 @@ class ScriptedWorker(worker_pb2_grpc.DecodeServicer):
         while True:
             iterations += self.progressing
             self.send(heartbeat=worker_pb2.Heartbeat(iterations=iterations))
+            self.beats += 1
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _generate(self, submit: worker_pb2.Submit) -> None:
