@@ -48,6 +48,8 @@ class RunningCluster:
     port: int
     controller_address: str
     metrics_addresses: tuple[str, ...]
+    worker_niceness: int
+    """The lowest priority of a worker, where every process has 0 unless told otherwise."""
     start_seconds: float
 
 
@@ -69,13 +71,14 @@ def running_cluster(config: TandemConfig) -> Iterator[RunningCluster]:
                 start_new_session=True,
             )
         try:
-            addresses = _wait_until_ready(config, process, log)
+            workers = _wait_until_ready(config, process, log)
             yield RunningCluster(
                 pid=process.pid,
                 host=HOST,
                 port=config.gateway.port,
                 controller_address=_controller_address(config),
-                metrics_addresses=addresses,
+                metrics_addresses=tuple(worker.metrics_address for worker in workers),
+                worker_niceness=max(psutil.Process(worker.pid).nice() for worker in workers),
                 start_seconds=time.monotonic() - started,
             )
         finally:
@@ -116,8 +119,8 @@ def _controller_address(config: TandemConfig) -> str:
 
 def _wait_until_ready(
     config: TandemConfig, process: subprocess.Popen[bytes], log: Path
-) -> tuple[str, ...]:
-    """Wait until the gateway and every worker are ready; returns the workers' metrics addresses."""
+) -> list[cluster_pb2.WorkerStatus]:
+    """Wait until the gateway and every worker are ready; returns the workers."""
     deadline = time.monotonic() + READY_TIMEOUT
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -126,7 +129,7 @@ def _wait_until_ready(
         states = [worker.state for worker in workers]
         ready = states and all(state == cluster_pb2.WORKER_STATE_READY for state in states)
         if ready and _gateway_ready(config.gateway.port):
-            return tuple(worker.metrics_address for worker in workers)
+            return workers
         time.sleep(POLL_INTERVAL)
     raise ClusterError(f"tandem serve was not ready in {READY_TIMEOUT:.0f} s:\n{_tail(log)}")
 

@@ -41,6 +41,7 @@ class RunResult:
     client: ClientCost
     counters: Counters
     start_seconds: float
+    worker_niceness: int
     foreign_share: float
     """Part of the machine's CPU time that neither the cluster nor the client used."""
 
@@ -52,6 +53,7 @@ class RunResult:
             "client": asdict(self.client),
             "counters": self.counters.as_json(),
             "start_seconds": round(self.start_seconds, 2),
+            "worker_niceness": self.worker_niceness,
             "foreign_share": round(self.foreign_share, 4),
             "records": [_rounded(record) for record in self.records],
         }
@@ -82,6 +84,7 @@ def measure(
         client=client,
         counters=counters,
         start_seconds=cluster.start_seconds,
+        worker_niceness=cluster.worker_niceness,
         foreign_share=ratio(foreign, capacity) or 0.0,
     )
 

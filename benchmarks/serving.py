@@ -165,11 +165,10 @@ def _footnote(runs: Sequence[RunResult]) -> str:
     lag = max(run.client.lag_p99 or 0.0 for run in runs)
     cost = max(run.client.core_share for run in runs)
     foreign = max(run.foreign_share for run in runs)
-    niceness = runs[0].client.niceness
     errors = sorted({record.error for run in runs for record in run.records if record.error})
     return (
-        f"Client: nice {niceness}, ≤ {cost:.1%} of a core, timer lag p99 ≤ "
-        f"{lag * 1000:.1f} ms. Others took ≤ {foreign:.0%} of the machine during a run."
+        f"Workers: nice {runs[0].worker_niceness}. Client: nice {runs[0].client.niceness}, "
+        f"≤ {cost:.1%} of a core, timer lag p99 ≤ {lag * 1000:.1f} ms. Others took ≤ {foreign:.0%} of the machine during a run."
         + "".join(f"\n- failed: {error}" for error in errors)
     )
 

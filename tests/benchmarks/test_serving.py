@@ -47,7 +47,7 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
         ]
         figures = summarize(records, scenario.objectives)
         client = ClientCost(niceness, 0.1, 0.01, 0.0001, 0.002, 0.001)
-        return RunResult(mode, figures, records, client, Counters({}), 5.0, 0.01)
+        return RunResult(mode, figures, records, client, Counters({}), 5.0, 15, 0.01)
 
     monkeypatch.setattr(serving, "measure", measure)
     return measured
