@@ -1,7 +1,7 @@
 """What is measured: the two models with their load and objectives, and the two ways of serving.
 
-The loads are to keep two cores about half busy. The objectives were stated before they were
-measured against, not fitted to a result: a few times what an idle cluster gives.
+Loads and objectives are round figures, set before the runs that are quoted anywhere: the loads to
+keep two cores about half busy, the objectives so tight that a queue or a stall breaks them.
 """
 
 from __future__ import annotations

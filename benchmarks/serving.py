@@ -168,7 +168,8 @@ def _footnote(runs: Sequence[RunResult]) -> str:
     errors = sorted({record.error for run in runs for record in run.records if record.error})
     return (
         f"Workers: nice {runs[0].worker_niceness}. Client: nice {runs[0].client.niceness}, "
-        f"≤ {cost:.1%} of a core, timer lag p99 ≤ {lag * 1000:.1f} ms. Others took ≤ {foreign:.0%} of the machine during a run."
+        f"≤ {cost:.1%} of a core, timer lag p99 ≤ {lag * 1000:.1f} ms. "
+        f"Others took ≤ {foreign:.0%} of the machine during a run."
         + "".join(f"\n- failed: {error}" for error in errors)
     )
 
