@@ -94,7 +94,7 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
 
 def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     """What people see."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for heading in ("worker", "role", "state", "pid", "device"):
         table.add_column(heading, no_wrap=True)
     for heading in ("run", "wait", "used/cached/total", "links", "tok/s"):
