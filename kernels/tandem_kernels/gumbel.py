@@ -29,7 +29,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     noise = torch.empty(bits.shape, dtype=torch.float32, device=bits.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, bits.shape[1]))
     for row in range(0, bits.shape[0], step):
-        _bits_to_gumbel(bits[row : row + step], noise[row : row + step])
+        bits_to_gumbel(bits[row : row + step], noise[row : row + step])
     return noise
 
 
@@ -48,10 +48,11 @@ def uniform_bits(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     return bits
 
 
-def _bits_to_gumbel(bits: Tensor, out: Tensor) -> None:
+def bits_to_gumbel(bits: Tensor, out: Tensor) -> None:
     """Fill `out` with -log(-log(1 - u)), u the upper 31 bits as a fraction in (0, 1).
 
-    Noise is large where u is small; there a float32 keeps its full relative precision.
+    Always finite. Noise is large where u is small; there a float32 keeps its full relative
+    precision.
     """
     out.copy_((bits >> 1) & 0x7FFFFFFF)
     out.add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)

@@ -66,5 +66,5 @@ def _download(model_id: str) -> Path:
         return Path(snapshot_download(model_id, allow_patterns=patterns))
     except Exception as error:  # the Hub client raises many kinds; all mean the same here
         raise ModelLoadError(
-            f"model: {model_id!r} is neither a directory nor a Hub id that could be fetched: {error}"
+            f"model: {model_id!r} is no directory, and the Hub could not give it: {error}"
         ) from error

@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from local_cluster import Connect, LocalCluster, MakeConfig, Recorder, until_ready
-from tiny_models import make_tiny_model
 
+from local_cluster import Connect, LocalCluster, MakeConfig, Recorder, until_ready
 from tandem.core.config import TandemConfig
 from tandem.gateway.dispatch import Dispatcher
+from tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="session")

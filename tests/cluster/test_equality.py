@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from local_cluster import Connect, MakeConfig, generate, local_cluster
 from tiny_models import ARCHITECTURES, make_tiny_model
-from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.cluster
 

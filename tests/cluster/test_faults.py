@@ -9,8 +9,8 @@ import time
 from collections.abc import Awaitable
 
 import pytest
-from local_cluster import Connect, MakeConfig, generate, local_cluster, until_ready
 
+from local_cluster import Connect, MakeConfig, generate, local_cluster, until_ready
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.gateway.dispatch import Dispatcher
@@ -64,7 +64,10 @@ async def test_a_worker_lost_at_any_moment_changes_no_output(
 ) -> None:
     prompts = make_prompts(7)
     config = make_config(**NO_PREFIXES)
-    async with local_cluster(config, prefill=2, decode=2) as cluster, connect(cluster) as dispatcher:
+    async with (
+        local_cluster(config, prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
         expected, seconds = await timed(run_all(dispatcher, "undisturbed", prompts))
         for moment in (0.0, 0.2, 0.5):
             running = asyncio.create_task(run_all(dispatcher, f"at {moment}", prompts))

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from local_cluster import MakeConfig, local_cluster, until_ready
 
+from local_cluster import MakeConfig, local_cluster, until_ready
 from tandem.gateway.dispatch import Dispatcher
 from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.server import GatewayServer
@@ -58,7 +58,9 @@ async def stream_text(client: httpx.AsyncClient, body: dict[str, object], hang_u
 
 
 @asynccontextmanager
-async def gateway(config, controller_address: str) -> AsyncIterator[tuple[GatewayServer, Dispatcher]]:
+async def gateway(
+    config, controller_address: str
+) -> AsyncIterator[tuple[GatewayServer, Dispatcher]]:
     metrics = GatewayMetrics()
     dispatcher = Dispatcher(config.gateway, controller_address, metrics)
     server = GatewayServer(config.gateway, dispatcher, metrics, grace_seconds=1.0)

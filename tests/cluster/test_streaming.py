@@ -6,8 +6,8 @@ import threading
 
 import grpc.aio
 import pytest
-from local_cluster import MakeConfig
 
+from local_cluster import MakeConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.decode.handoff import Handoff

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+
 from tandem.core.config import ControllerConfig, ModelConfig, TandemConfig
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import grpc.aio
+
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ModelLoadError
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc

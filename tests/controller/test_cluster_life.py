@@ -9,6 +9,7 @@ import grpc
 import psutil
 import pytest
 import ray
+
 from tandem.controller import session
 from tandem.controller.launcher import CONTROLLER_NAME, NAMESPACE, actor_name
 from tandem.core.errors import ConfigError

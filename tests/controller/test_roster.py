@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from tandem.controller.roster import Adopt, Endpoint, Kill, Launch, Roster, RosterTimeouts
 
 TIMEOUTS = RosterTimeouts(worker_timeout=5.0, replace_after=30.0)

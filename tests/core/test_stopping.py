@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from tandem.core.request import FinishReason, Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.engine.conftest import TinyModel
+from tests.engine.driver import Driver, greedy, make_engine, request
+
 from tandem.core.config import CacheConfig, ModelConfig
 from tandem.core.errors import ConfigError
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine import Engine, IterationOutput, LayerGroup
-
-from tests.engine.conftest import TinyModel
-from tests.engine.driver import Driver, greedy, make_engine, request
 
 PROMPTS = {"a": [3, 9, 27, 81], "b": list(range(40)), "c": [200], "d": list(range(90, 20, -1))}
 SAMPLING = {

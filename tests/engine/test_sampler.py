@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
 from tandem.engine.sampler import Sampler
-from torch import Tensor
 
 VOCAB = 24
 EOS = (5, 6)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.engine.conftest import TinyModel
+
 from tandem.core.config import ModelConfig
 from tandem.core.errors import ConfigError, ModelLoadError
 from tandem.engine import ModelSpec, load_spec
-
-from tests.engine.conftest import TinyModel
 
 MODEL = ModelConfig()
 

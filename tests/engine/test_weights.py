@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tandem.core.errors import ModelLoadError
-from torch import Tensor
-
 from tests.engine.conftest import TinyModel
 from tests.engine.driver import Driver, greedy, make_engine, request
+from torch import Tensor
+
+from tandem.core.errors import ModelLoadError
 
 
 @pytest.fixture

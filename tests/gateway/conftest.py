@@ -11,17 +11,19 @@ from pathlib import Path
 import grpc.aio
 import httpx
 import pytest
+import structlog
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
 from tandem.core.config import GatewayConfig
 from tandem.core.errors import TandemError
 from tandem.core.request import FinishReason, PositionLogprobs, Request, TokenLogprob
 from tandem.gateway.http.app import create_app
-from tandem.gateway.interfaces import ModelInfo, OutputEvent
+from tandem.gateway.interfaces import ModelInfo, OutputEvent, StageTimes
 from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.server import GatewayServer
 from tandem.gateway.service import InferenceService
 from tandem.gateway.text.tokenizer import Tokenizer, load_tokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -61,6 +63,13 @@ def write_model_dir(directory: Path, *, chat_template: str | None = CHAT_TEMPLAT
     return directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _plain_tracebacks() -> None:
+    """The default rendering of an exception takes seconds, in which the event loop stands still."""
+    renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, renderer])
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with tokenizer and chat template; read only."""
@@ -83,6 +92,7 @@ class FakeDispatcher:
         self.reply = reply
         self.cached_tokens = 0
         self.tokens_per_event = 1
+        self.stages: StageTimes | None = None
         self.errors: dict[int, Exception] = {}
         """Raised instead of the token at that position."""
         self.pause_at: int | None = None
@@ -136,6 +146,7 @@ class FakeDispatcher:
                 finish_reason=reason if last else None,
                 stop_token_id=chunk[-1] if last and reason == "stop" else None,
                 cached_tokens=self.cached_tokens,
+                stages=self.stages if first else None,
             )
 
     def plan(self, request: Request) -> tuple[list[int], FinishReason]:

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 import uvloop
+
 from tandem.core.config import GatewayConfig
 from tandem.core.errors import ConfigError, OverloadedError
 from tandem.gateway.server import GatewayServer

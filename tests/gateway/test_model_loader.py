@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tandem.core.errors import UnavailableError
 from tandem.gateway.model import ModelLoader
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tandem.core.sampling import SamplingParams
 from tandem.gateway.interfaces import OutputEvent
 from tandem.gateway.output import OutputAssembler, TextEvent

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tandem.core.errors import InvalidRequestError
 from tandem.gateway.interfaces import ModelInfo
 from tandem.gateway.model import load_served_model

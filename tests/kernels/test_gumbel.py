@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+
 from tandem_kernels import gumbel_noise, uniform_bits
+from tandem_kernels.gumbel import bits_to_gumbel
 
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -71,6 +73,16 @@ def test_noise_is_gumbel_distributed() -> None:
         exact = torch.exp(-torch.exp(-noise.double().sort().values))
         distance = (exact - (torch.arange(count) + 0.5) / count).abs().max()
         assert distance < 1.95 / math.sqrt(count), name  # exceeded by chance once in a thousand
+
+
+def test_the_rarest_bits_give_finite_noise() -> None:
+    bits = torch.tensor([0, 1, -1, -2, (1 << 31) - 1, -(1 << 31)], dtype=torch.int32)
+    noise = torch.empty(6)
+    bits_to_gumbel(bits, noise)
+    largest, smallest = -math.log(2.0**-32), -math.log(-math.log(2.0**-24))
+    middle = -math.log(math.log(2.0))
+    expected = torch.tensor([largest, largest, smallest, smallest, middle, middle])
+    torch.testing.assert_close(noise, expected, atol=1e-3, rtol=0)
 
 
 def test_neighbours_are_uncorrelated() -> None:

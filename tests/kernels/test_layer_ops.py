@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
+
 from tandem_kernels import (
     add_rms_norm,
     apply_rotary,
@@ -14,7 +16,6 @@ from tandem_kernels import (
     rotary_tables,
     silu_mul,
 )
-from torch.nn import functional
 
 
 @pytest.mark.parametrize(

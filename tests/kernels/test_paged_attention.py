@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
-from tandem_kernels import RaggedBatch, kv_write, paged_attention
 from torch import Tensor
+
+from tandem_kernels import RaggedBatch, kv_write, paged_attention
 
 HEAD_DIM = 8
 

@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from tandem_kernels import apply_penalties, top_logprobs, truncate_logits
 from torch import Tensor
+
+from tandem_kernels import apply_penalties, top_logprobs, truncate_logits
 
 
 def random_logits(rows: int, vocab: int, spread: float = 3.0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from tandem.core.errors import IntegrityError
 from tandem.kvcache.block_pool import BlockPool, OutOfBlocksError
 from tandem.kvcache.hashing import chain_hashes

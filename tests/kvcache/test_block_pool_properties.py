@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from tandem.core.errors import IntegrityError
 from tandem.kvcache.block_pool import BlockPool, OutOfBlocksError
 from tandem.kvcache.hashing import chain_hashes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tandem.kvcache.hashing import HASH_BYTES, chain_hashes, extend_hashes
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
+
 from tandem.core.config import RouterConfig, RoutingPolicy
 from tandem.core.errors import OverloadedError, UnavailableError
 from tandem.kvcache.hashing import chain_hashes

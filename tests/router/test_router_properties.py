@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from tandem.core.config import RouterConfig, RoutingPolicy
 from tandem.core.errors import OverloadedError, UnavailableError
 from tandem.kvcache.hashing import chain_hashes

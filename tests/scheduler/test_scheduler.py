@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import InvalidRequestError, OverloadedError
 from tandem.core.request import Request
@@ -421,9 +422,9 @@ def test_two_requests_of_one_name_do_not_mix() -> None:
 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     scheduler = make_scheduler(num_blocks=6)
-    scheduler.check_fits(make_seq(0, 10, max_tokens=10).request)
-    with pytest.raises(InvalidRequestError, match=r"21 tokens.* 7 KV blocks .* has 6") as caught:
-        scheduler.check_fits(make_seq(0, 10, max_tokens=11).request)
+    scheduler.check_fits(make_seq(0, 10, max_tokens=14).request)
+    with pytest.raises(InvalidRequestError, match=r"25 tokens.* 7 KV blocks .* has 6") as caught:
+        scheduler.check_fits(make_seq(0, 10, max_tokens=15).request)
     assert caught.value.param == "max_tokens"
     with pytest.raises(InvalidRequestError, match=r"200 tokens.*context of 200"):
         scheduler.check_fits(make_seq(0, 200).request)
@@ -433,5 +434,5 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
 
 
 def test_max_tokens_beyond_the_context_counts_only_up_to_the_context() -> None:
-    scheduler = make_scheduler(num_blocks=51)
+    scheduler = make_scheduler(num_blocks=50)
     scheduler.check_fits(make_seq(0, 10, max_tokens=10**6).request)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tandem.core.config import SchedulerConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams

@@ -34,10 +34,11 @@ def connect() -> Iterator[Connect]:
     assert set(threading.enumerate()) <= before
 
 
-BACKENDS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request: pytest.FixtureRequest) -> str:
-    """gloo on the CPU, NCCL on a GPU: the same tests."""
-    return str(request.param)
+@pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def devices(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Where the two ends live: gloo on the CPU, NCCL on two GPUs; the same tests for both."""
+    if request.param == "gloo":
+        return ("cpu", "cpu")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL takes each GPU for one rank only, so this needs two")
+    return ("cuda:0", "cuda:1")

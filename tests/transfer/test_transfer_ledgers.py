@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
+
 from tandem.transfer.receive_ledger import PieceRange, ReceiveLedger, RejectedPieceError
 from tandem.transfer.send_ledger import Outgoing, SendLedger
 from tandem.transfer.types import Piece
@@ -152,7 +153,7 @@ SENDING = {
 }
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @example([("opens", 0, 1), ("adds", 0, 1), ("begins", 0, 1), ("shuts", 0, 1), ("ends_read", 0, 1)])
 @example(
     [
@@ -246,7 +247,7 @@ class ReceiveModel:
 RECEIVING = {"expects": 3, "begins": 5, "lands": 4, "is_spoilt": 1, "closes": 2, "shuts": 1}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(programs(RECEIVING))
 def test_the_receive_ledger_scatters_once_and_closes_each_leg_once(
     program: list[tuple[str, int, int]],

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transfer_endpoint import Endpoint, TorchBlocks
+from transfer_pair import Connect, Pair
+
 from tandem.core.config import TransferConfig
 from tandem.core.errors import PeerMismatchError
 from tandem.transfer import PeerTransfer, check_kv_spec
 from tandem.v1 import worker_pb2
-from transfer_endpoint import Endpoint, TorchBlocks
-from transfer_pair import Connect, Pair
 
 
 def send_range(pair: Pair, leg: int, count: int, *, finish: bool = True) -> None:
@@ -103,10 +104,11 @@ def test_messages_of_another_epoch_are_refused_and_counted(connect: Connect) -> 
 
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_a_broken_link_is_rebuilt_and_resends_what_was_not_acknowledged(
-    connect: Connect, device: str, side: str
+    connect: Connect, devices: tuple[str, str], side: str
 ) -> None:
     pair = connect(
-        Endpoint("p", TorchBlocks(seed=1, device=device)), Endpoint("d", TorchBlocks(device=device))
+        Endpoint("p", TorchBlocks(seed=1, device=devices[0])),
+        Endpoint("d", TorchBlocks(device=devices[1])),
     )
     hold = Hold(pair.far_end.blocks)
     send_range(pair, 1, 20)
@@ -123,7 +125,8 @@ def test_a_broken_link_is_rebuilt_and_resends_what_was_not_acknowledged(
     assert sorted(landed) == list(range(20)), "each piece lands exactly once"
     slots = slice(0, 20)
     assert torch.equal(
-        pair.far_end.blocks.flat(0, 4)[:, :, slots], pair.near_end.blocks.flat(0, 4)[:, :, slots]
+        pair.far_end.blocks.flat(0, 4)[:, :, slots].cpu(),
+        pair.near_end.blocks.flat(0, 4)[:, :, slots].cpu(),
     )
     assert pair.near.stats().retries >= 1
 

@@ -7,10 +7,12 @@ import threading
 
 import pytest
 import torch
-from tandem.core.config import TransferConfig
-from tandem.transfer import TransferStats
 from transfer_endpoint import Endpoint, TorchBlocks
 from transfer_pair import Connect
+
+from tandem.core.config import TransferConfig
+from tandem.kvcache.storage import KVStorage
+from tandem.transfer import Piece, TransferStats
 
 
 def ragged(rng: random.Random, total: int) -> list[tuple[int, int]]:
@@ -22,14 +24,14 @@ def ragged(rng: random.Random, total: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(3))
 def test_bytes_land_in_exactly_the_right_blocks(
-    connect: Connect, device: str, dtype: torch.dtype, seed: int
+    connect: Connect, devices: tuple[str, str], dtype: torch.dtype, seed: int
 ) -> None:
     rng = random.Random(seed)
-    source = Endpoint("p", TorchBlocks(dtype=dtype, seed=seed, device=device))
-    target = Endpoint("d", TorchBlocks(dtype=dtype, device=device))
+    source = Endpoint("p", TorchBlocks(dtype=dtype, seed=seed, device=devices[0]))
+    target = Endpoint("d", TorchBlocks(dtype=dtype, device=devices[1]))
     pair = connect(source, target)
     layers, slots = source.blocks.kv.shape[0], 64
-    expected = target.blocks.kv.clone()
+    expected = target.blocks.kv.cpu().clone()
     taken = rng.sample(range(slots), slots)
     pieces = 0
     for leg, offset in ((1, 0), (2, 30)):
@@ -46,11 +48,12 @@ def test_bytes_land_in_exactly_the_right_blocks(
                 pieces += 1
         pair.near.finish_sends(leg)
         wanted = source.blocks.flat(0, layers)[:, :, from_slots]
-        expected.flatten(2, 3)[:, :, into_slots] = wanted
+        expected.flatten(2, 3)[:, :, into_slots] = wanted.cpu()
     source.events.wait_sent(1, 2)
     assert len(target.events.landed) == pieces
     assert source.events.send_error(1) is None
-    assert torch.equal(target.blocks.kv, expected)
+    assert torch.equal(target.blocks.kv.cpu(), expected)
+    pair.close()
     stats = pair.far.stats()
     assert stats.pieces_landed == pieces == pair.near.stats().pieces_sent
     assert stats.bytes_received == target.events.landed_bytes == pair.near.stats().bytes_sent
@@ -72,10 +75,10 @@ def test_pieces_land_in_the_order_in_which_they_were_sent(connect: Connect) -> N
     assert target.events.landed == sent
 
 
-def test_both_directions_run_at_once(connect: Connect, device: str) -> None:
-    ends = [Endpoint(name, TorchBlocks(seed=i, device=device)) for i, name in enumerate("pd")]
+def test_both_directions_run_at_once(connect: Connect, devices: tuple[str, str]) -> None:
+    ends = [Endpoint(name, TorchBlocks(seed=i, device=devices[i])) for i, name in enumerate("pd")]
     pair = connect(*ends)
-    before = [end.blocks.kv.clone() for end in ends]
+    before = [end.blocks.kv.cpu().clone() for end in ends]
     sides = ((pair.near, pair.far, ends[0], ends[1], 1), (pair.far, pair.near, ends[1], ends[0], 2))
     for _, receiver, _, into, leg in sides:
         receiver.expect(leg, 0, into.slots(range(32, 64)))
@@ -87,7 +90,7 @@ def test_both_directions_run_at_once(connect: Connect, device: str) -> None:
     ends[0].events.wait_sent(1)
     ends[1].events.wait_sent(2)
     for here, there in ((0, 1), (1, 0)):
-        landed = ends[here].blocks.flat(0, 4)[:, :, 32:]
+        landed = ends[here].blocks.flat(0, 4)[:, :, 32:].cpu()
         assert torch.equal(landed, before[there].flatten(2, 3)[:, :, :32])
     assert pair.near.num_open_links == pair.far.num_open_links == 2
 
@@ -213,3 +216,25 @@ def test_pieces_larger_than_any_socket_buffer(connect: Connect) -> None:
     pair.near.finish_sends(1)
     source.events.wait_sent(1)
     assert torch.equal(target.blocks.flat(0, 8), source.blocks.flat(0, 8).flip(2))
+
+
+def test_the_blocks_of_the_engine(connect: Connect, devices: tuple[str, str]) -> None:
+    """The real storage, through block tables that differ on both sides."""
+    stores = [KVStorage(3, 12, 4, 2, 8, torch.float32, device) for device in devices]
+    stores[0].kv.normal_(generator=torch.Generator(devices[0]).manual_seed(5))
+    source, target = (Endpoint(name, blocks) for name, blocks in zip("pd", stores, strict=True))
+    pair = connect(source, target)
+    there, here = [7, 2, 9, 4], [0, 11, 5, 3]
+    pair.far.expect(1, 3, stores[1].slots(here, 3, 14))
+    pair.near.open_sends(1)
+    for first_layer, num_layers in ((0, 2), (2, 1)):
+        slots = stores[0].slots(there, 3, 14)
+        pair.near.send(Piece(1, 0, first_layer, num_layers, 3, slots))
+    pair.near.finish_sends(1)
+    source.events.wait_sent(1)
+    for layer in range(3):
+        for side in (0, 1):
+            sent, landed = (store.layer(layer)[side].cpu() for store in stores)
+            assert torch.equal(sent[there].flatten(0, 1)[3:14], landed[here].flatten(0, 1)[3:14])
+            assert not landed[here].flatten(0, 1)[:3].any()
+            assert not landed[[1, 2, 4, 6, 7, 8, 9, 10]].any()

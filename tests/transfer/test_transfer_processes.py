@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tandem.core.config import TransferConfig
 from transfer_endpoint import WAIT_SECONDS, Endpoint, TorchBlocks
 from transfer_process import PeerProcess
+
+from tandem.core.config import TransferConfig
 
 PATIENT = TransferConfig(connect_timeout=1000, transfer_timeout=1000)
 """Whoever waits for one of these time-outs fails the test."""
@@ -128,5 +129,8 @@ def test_a_process_leaves_with_links_open(start: Start) -> None:
     peer.tell("open_sends", 2)
     peer.tell("piece", 2, [0])
     here.events.wait_landed(1)
+    peer.tell("open_sends", 3)
+    for _ in range(50):
+        peer.tell("piece", 3, [0])
     peer.tell("exit")
     assert peer.process.wait(WAIT_SECONDS) == 0

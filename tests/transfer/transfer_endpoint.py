@@ -1,17 +1,15 @@
-"""One end of KV links for the tests: blocks, a record of events, and the peers it talks to.
-
-Also a program: `python transfer_endpoint.py` is a peer in a process of its own, driven over its
-standard input and output by `transfer_process.PeerProcess`.
-"""
+"""One end of KV links for the tests: blocks, a record of events, and the peers it talks to."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
 from tandem.core.config import TransferConfig
-from tandem.transfer import LinkBudget, PeerTransfer, Piece, Rendezvous, make_kv_spec
+from tandem.transfer import KVBlocks, LinkBudget, PeerTransfer, Piece, Rendezvous, make_kv_spec
 from tandem.v1 import worker_pb2
 
 WAIT_SECONDS = 20.0
@@ -123,13 +121,13 @@ class Endpoint:
     def __init__(
         self,
         name: str,
-        blocks: TorchBlocks | None = None,
+        blocks: KVBlocks | None = None,
         config: TransferConfig | None = None,
         revision: str = "r1",
         max_links: int = 32,
     ) -> None:
         self.name = name
-        self.blocks = blocks or TorchBlocks()
+        self.blocks: Any = blocks or TorchBlocks()
         self.config = config or TransferConfig(transfer_timeout=WAIT_SECONDS)
         self.spec = make_kv_spec("model", revision, self.blocks, self.config)
         self.budget = LinkBudget(max_links, turn_seconds=0.05)

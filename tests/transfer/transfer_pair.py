@@ -6,9 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from transfer_endpoint import WAIT_SECONDS, Endpoint
+
 from tandem.transfer import PeerTransfer
 from tandem.v1 import worker_pb2
-from transfer_endpoint import WAIT_SECONDS, Endpoint
 
 Filter = Callable[[worker_pb2.LinkMessage], bool]
 

@@ -17,9 +17,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from transfer_endpoint import WAIT_SECONDS, Endpoint, EventLog, TorchBlocks
+
 from tandem.core.config import TransferConfig
 from tandem.v1 import worker_pb2
-from transfer_endpoint import WAIT_SECONDS, Endpoint, EventLog, TorchBlocks
 
 
 class PeerProcess:

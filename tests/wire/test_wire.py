@@ -8,6 +8,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tandem.core import errors
 from tandem.core.request import PositionLogprobs, Request, TokenLogprob
 from tandem.core.sampling import SamplingParams

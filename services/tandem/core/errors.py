@@ -83,7 +83,7 @@ class DeadlineExceededError(TandemError):
 
 
 class StaleError(TandemError):
-    """A message or transfer stamped with an incarnation, epoch or attempt that is no longer current."""
+    """A message or transfer whose stamp (incarnation, epoch, attempt) is no longer current."""
 
     http_status = 409
     grpc_code = FAILED_PRECONDITION

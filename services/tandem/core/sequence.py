@@ -88,7 +88,7 @@ class IterationPlan:
 
     chunks: tuple[ScheduledChunk, ...]
     admitted: tuple[Sequence, ...] = ()
-    """Sequences that left the queue in this plan; the remote ones now hold blocks and wait for KV."""
+    """Sequences that left the queue in this plan; remote ones now hold blocks and await KV."""
     preempted: tuple[Sequence, ...] = ()
     """Sequences that lost their blocks; the worker decides how they are refilled."""
 

@@ -1,4 +1,4 @@
-"""A request while the decode worker holds it, and the leg that prefills it elsewhere. State only."""
+"""A request while the decode worker holds it, and the leg that prefills it elsewhere: state."""
 
 from __future__ import annotations
 

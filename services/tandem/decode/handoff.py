@@ -2,7 +2,8 @@
 
 Runs in the engine thread only. Keeps three promises: blocks are reserved late (when the prefill
 worker offers to start), they are never freed under a transfer (the leg's own hold ends with
-`receives_closed` / `sends_closed`), and what has landed is kept when the rest must come from elsewhere.
+`receives_closed` / `sends_closed`), and what has landed is kept when the rest must come from
+elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from tandem.transfer import Piece
 from tandem.v1 import worker_pb2
 from tandem.wire import position_logprobs_from_proto, request_to_prefill
 from tandem.worker.landing import LandingProgress
-from tandem.worker.layer_groups import layer_groups
 from tandem.worker.runtime import WorkerRuntime
 from tandem.worker.transfers import LandedPiece, TransferHolds
 
@@ -53,7 +53,7 @@ class Handoff:
     # -- what the worker asks for
 
     def begin(self, active: ActiveRequest, target: worker_pb2.PrefillTarget) -> None:
-        """Start a leg on `target`. A sequence that holds blocks keeps them and what landed there."""
+        """Start a leg on `target`. A sequence that holds blocks keeps them and what is in them."""
         peer = self._peer(target)
         sequence = active.sequence
         idle = not any(other.leg and other.leg.peer is peer for other in self._legs.values())
@@ -213,10 +213,9 @@ class Handoff:
         self._holds.take(leg.peer.name, leg.leg_id, "out", active.sequence)
         slots = runtime.engine.storage.slots(active.sequence.block_table, start, end)
         transfer.open_sends(leg.leg_id)
-        for first_layer, num_layers in layer_groups(
-            runtime.engine.spec.num_layers, runtime.config.transfer.layers_per_group
-        ):
-            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready=None))
+        ready = runtime.engine.record_event()
+        for first_layer, num_layers in runtime.engine.layer_groups:
+            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready))
         transfer.finish_sends(leg.leg_id)
 
     def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:

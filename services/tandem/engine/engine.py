@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import structlog
 import torch
-from tandem_kernels import RaggedBatch
 from torch import Tensor
 
 from tandem.core.config import CacheConfig, ModelConfig
@@ -28,6 +27,7 @@ from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.weights import Checkpoint, Progress
 from tandem.kvcache.storage import KVStorage, bytes_per_token
+from tandem_kernels import RaggedBatch
 
 log = structlog.get_logger(__name__)
 
@@ -87,9 +87,7 @@ class Engine:
         """
         self.device = torch.device(device)
         self.spec: ModelSpec = load_spec(model_dir, model, device)
-        self._layers_per_group = layers_per_group or -(
-            -self.spec.num_layers // _GROUPS_PER_ITERATION
-        )
+        self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
         with Checkpoint(model_dir, progress) as checkpoint:
             loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
@@ -169,6 +167,14 @@ class Engine:
         )
         return self._finish(hidden, wanted)
 
+    def record_event(self) -> torch.cuda.Event | None:
+        """Mark what has been queued on the device so far; None where nothing is queued (CPU)."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
     def _row_index(self, wanted: list[_Rows], batch: RaggedBatch) -> Tensor | None:
         """The wanted rows, prompt rows first; None when they are simply all rows."""
         rows = [row for entry in wanted for row in entry.prompt]
@@ -181,15 +187,11 @@ class Engine:
     def _group_caller(self, on_layers: OnLayers) -> Callable[[int], None]:
         """Turn "this layer is written" into one call per group of layers."""
 
+        last_layers = {first + count - 1: (first, count) for first, count in self.layer_groups}
+
         def on_written(layer: int) -> None:
-            first = layer - layer % self._layers_per_group
-            if layer == min(first + self._layers_per_group, self.spec.num_layers) - 1:
-                ready = None
-                if self.device.type == "cuda":
-                    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                    ready.record(torch.cuda.current_stream(self.device))
-                with torch.inference_mode(False):  # what the caller makes, others may write to
-                    on_layers(LayerGroup(first, layer - first + 1, ready))
+            if layer in last_layers:
+                on_layers(LayerGroup(*last_layers[layer], self.record_event()))
 
         return on_written
 
@@ -220,6 +222,12 @@ class Engine:
             logits = self._decoder.logits(states)
             result.extend(position_logprobs(logits, chosen, [count] * len(chosen)))
         return result
+
+
+def _layer_groups(num_layers: int, layers_per_group: int) -> tuple[tuple[int, int], ...]:
+    """Return (first layer, number of layers) of each group; 0 per group makes four groups."""
+    size = layers_per_group or -(-num_layers // _GROUPS_PER_ITERATION)
+    return tuple((first, min(size, num_layers - first)) for first in range(0, num_layers, size))
 
 
 def _wanted_rows(chunk: ScheduledChunk, first_row: int) -> _Rows:

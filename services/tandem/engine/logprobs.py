@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from itertools import starmap
 
 import torch
-from tandem_kernels import top_logprobs
 from torch import Tensor
 
 from tandem.core.request import PositionLogprobs, TokenLogprob
+from tandem_kernels import top_logprobs
 
 
 def position_logprobs(

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
 import torch
-from tandem_kernels import apply_penalties, gumbel_noise, truncate_logits
 from torch import Tensor
 
 from tandem.core.request import SampledToken
@@ -22,6 +21,7 @@ from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
 from tandem.engine.logprobs import position_logprobs
 from tandem.engine.token_counts import TokenCountsCache
+from tandem_kernels import apply_penalties, gumbel_noise, truncate_logits
 
 _MIN_TEMPERATURE = 1e-6
 """Below it a draw equals the greedy choice; dividing by less would overflow."""

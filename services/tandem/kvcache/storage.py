@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tandem_kernels import kv_pack, kv_unpack
 from torch import Tensor
+
+from tandem_kernels import kv_pack, kv_unpack
 
 
 class KVStorage:

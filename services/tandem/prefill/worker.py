@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 
 import grpc.aio
 import structlog
-import torch
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import OverloadedError, TandemError
@@ -26,7 +24,6 @@ from tandem.transfer import Piece
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import position_logprobs_to_proto, request_from_prefill
 from tandem.worker.landing import LandingProgress
-from tandem.worker.layer_groups import layer_groups
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 from tandem.worker.transfers import LandedPiece, TransferHolds
 
@@ -187,7 +184,7 @@ class PrefillWorker:
     def _granted(self, leg: PrefillLeg, held_tokens: int) -> None:
         leg.phase = "granted"
         leg.held_tokens = held_tokens
-        # With tokens held elsewhere, what is computed here starts only after the prefix is in place.
+        # With tokens held elsewhere, compute starts only after the prefix is in place here.
         leg.sequence.remote = held_tokens > 0
         try:
             self._runtime.scheduler.add(leg.sequence)
@@ -216,8 +213,9 @@ class PrefillWorker:
             slots = self._runtime.engine.storage.slots(sequence.block_table, cached, held)
             transfer.expect(leg.leg_id, cached, slots)
             return
-        for group in self._groups():
-            self._send(leg, group, held, cached)
+        ready = self._runtime.engine.record_event()
+        for first_layer, num_layers in self._runtime.engine.layer_groups:
+            self._send(leg, LayerGroup(first_layer, num_layers, ready), held, cached)
         if sequence.remote:
             self._compute(leg)
         else:
@@ -300,18 +298,6 @@ class PrefillWorker:
         del self._legs[leg.peer, leg.leg_id]
         del self._by_sequence[leg.sequence]
         self._runtime.metrics.count_request(outcome)
-
-    def _groups(self) -> Iterator[LayerGroup]:
-        """Every group of layers, already computed."""
-        ready = None
-        if self._runtime.device.startswith("cuda"):
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
-        num_layers = self._runtime.engine.spec.num_layers
-        for first, count in layer_groups(
-            num_layers, self._runtime.config.transfer.layers_per_group
-        ):
-            yield LayerGroup(first, count, ready)
 
 
 def _fail_leg(peer: DecodePeer, leg_id: int, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,8 @@ class GuardedEvents:
         self._call(self._events.receives_closed, leg_id)
 
     def link_failed(self, leg_ids: Sequence[int], reason: str) -> None:
-        self._call(self._events.link_failed, leg_ids, reason)
+        if leg_ids:
+            self._call(self._events.link_failed, leg_ids, reason)
 
     def _call(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -87,6 +89,21 @@ class LinkContext:
         host, device = self.rendezvous.host, self.blocks.kv.device
         return open_group(self.backend, store, rank, host, device, timeout)
 
+    def send(self, message: worker_pb2.LinkMessage, epoch: int, *, to_opener: bool = False) -> None:
+        """Stamp a control message and send it. Raises if the peer's stream is gone."""
+        message.epoch = epoch
+        message.to_opener = to_opener
+        self.send_control(message)
+
+    def report_broken(
+        self, message: worker_pb2.LinkMessage, epoch: int, *, to_opener: bool = False
+    ) -> None:
+        """Send a LinkBroken if the peer can still hear it."""
+        try:
+            self.send(message, epoch, to_opener=to_opener)
+        except Exception as error:
+            self.log.warning("peer_unreachable", reason=str(error))
+
     @classmethod
     def make(
         cls,
@@ -114,3 +131,11 @@ class LinkContext:
             peer_name=peer_name,
             log=log,
         )
+
+
+def ended(thread: threading.Thread | None, timeout: float) -> bool:
+    """Wait for a link's thread, if it ever had one. True if it has ended."""
+    if thread is None:
+        return True
+    thread.join(timeout)
+    return not thread.is_alive()

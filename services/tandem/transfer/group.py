@@ -8,6 +8,7 @@ from a transfer thread, except `abort`, which anyone may call at any time.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -163,7 +164,7 @@ class GlooGroup:
             self._group.recv([scratch], self._peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
 
     def _explain(self, error: RuntimeError) -> LinkError:
-        return LinkError("aborted" if self._aborted.is_set() else _first_line(error))
+        return LinkError("aborted" if self._aborted.is_set() else _gist(error))
 
 
 class NcclGroup:
@@ -211,10 +212,12 @@ class NcclGroup:
                     raise LinkError(f"timed out after {timeout:g} s")
                 time.sleep(_POLL_SECONDS)
         except RuntimeError as error:
-            raise LinkError(_first_line(error)) from error
+            raise LinkError(_gist(error)) from error
         if self._aborted.is_set():
             raise LinkError("aborted")
 
 
-def _first_line(error: RuntimeError) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _gist(error: RuntimeError) -> str:
+    """What happened, without the source line before it and the advice after it."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", text).split(". This is typically")[0]

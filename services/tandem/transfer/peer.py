@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import threading
 import time
 from collections.abc import Callable
 
@@ -16,6 +18,28 @@ from tandem.transfer.send_link import SendLink
 from tandem.transfer.stats import TransferStats
 from tandem.transfer.types import KVBlocks, Piece, TransferEvents
 from tandem.v1 import worker_pb2
+
+_EXIT_SECONDS = 2.0
+_living: set[PeerTransfer] = set()
+_living_lock = threading.Lock()
+
+
+def _remember(transfer: PeerTransfer) -> None:
+    with _living_lock:
+        _living.difference_update([other for other in _living if other.ended])
+        _living.add(transfer)
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that comes back from torch while the interpreter shuts down would crash it."""
+    deadline = time.monotonic() + _EXIT_SECONDS
+    with _living_lock:
+        transfers = list(_living)
+    for transfer in transfers:
+        transfer.close()
+    for transfer in transfers:
+        transfer.join(max(0.0, deadline - time.monotonic()))
 
 
 class PeerTransfer:
@@ -53,6 +77,8 @@ class PeerTransfer:
         self._context = context
         self._sends = SendLink(context)
         self._receives = ReceiveLink(context)
+        self._closed = False
+        _remember(self)
 
     def handle(self, message: worker_pb2.LinkMessage) -> None:
         """Take a message that the peer's stream brought."""
@@ -94,6 +120,7 @@ class PeerTransfer:
 
     def close(self) -> None:
         """The peer is gone: abort both links and close every leg."""
+        self._closed = True
         self._sends.close()
         self._receives.close()
 
@@ -105,6 +132,11 @@ class PeerTransfer:
         deadline = time.monotonic() + timeout
         ended = self._sends.join(timeout)
         return self._receives.join(max(0.0, deadline - time.monotonic())) and ended
+
+    @property
+    def ended(self) -> bool:
+        """Closed, and its threads have ended."""
+        return self._closed and self.join(0.0)
 
     @property
     def num_open_links(self) -> int:

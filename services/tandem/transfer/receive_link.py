@@ -15,11 +15,12 @@ from collections.abc import Callable
 import torch
 
 from tandem.core.errors import PeerMismatchError
-from tandem.transfer.context import LinkContext
+from tandem.transfer import messages
+from tandem.transfer.context import LinkContext, ended
 from tandem.transfer.group import LinkError, LinkGroup
 from tandem.transfer.receive_ledger import PieceRange, ReceiveLedger, RejectedPieceError
 from tandem.transfer.spec import check_kv_spec
-from tandem.transfer.staging import CopyLane, Staging
+from tandem.transfer.staging import PieceBuffer
 from tandem.v1 import worker_pb2
 
 
@@ -43,6 +44,7 @@ class ReceiveLink:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
+        self._buffer = PieceBuffer(context.blocks, context.spec)
         self._ledger = ReceiveLedger(context.spec.num_layers)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -81,11 +83,7 @@ class ReceiveLink:
 
     def join(self, timeout: float) -> bool:
         """Wait for the thread after `close`. True if it has ended."""
-        thread = self._thread
-        if thread is None:
-            return True
-        thread.join(timeout)
-        return not thread.is_alive()
+        return ended(self._thread, timeout)
 
     def handle(self, message: worker_pb2.LinkMessage) -> None:
         """A message from the link's opener."""
@@ -133,11 +131,9 @@ class ReceiveLink:
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        lane = CopyLane(self._context.blocks.kv.device)
-        staging = Staging(self._context.spec, self._context.blocks.kv.device)
         while (message := self._next_message()) is not None:
             try:
-                self._take(message, lane, staging)
+                self._take(message)
             except Exception as error:
                 self._break(message.epoch, error)
         self._drop_group()
@@ -150,20 +146,20 @@ class ReceiveLink:
                 self._changed.wait()
             return None if self._stopped else self._inbox.popleft()
 
-    def _take(self, message: worker_pb2.LinkMessage, lane: CopyLane, staging: Staging) -> None:
+    def _take(self, message: worker_pb2.LinkMessage) -> None:
         match message.WhichOneof("kind"):
             case "open":
                 self._drop_group()
-                self._open(message.epoch, message.open, staging)
+                self._open(message.epoch, message.open)
             case "announce":
-                self._receive(message.epoch, message.announce, lane, staging)
+                self._receive(message.epoch, message.announce)
             case "closed":
                 self._drop_group()
                 self._context.log.info("link_closed", epoch=message.epoch, direction="receive")
             case kind:
                 raise LinkError(f"a link's opener does not send {kind!r}")
 
-    def _open(self, epoch: int, offer: worker_pb2.LinkOpen, staging: Staging) -> None:
+    def _open(self, epoch: int, offer: worker_pb2.LinkOpen) -> None:
         """Check the peer, answer, and meet it in its store."""
         context = self._context
         try:
@@ -171,14 +167,14 @@ class ReceiveLink:
         except PeerMismatchError as error:
             self._refuse(epoch, str(error))
             return
-        self._control(epoch, worker_pb2.LinkMessage(opened=worker_pb2.LinkOpened()))
+        self._control(epoch, messages.opened())
         group = context.make_group(offer, 1, lambda: self._is_current(epoch))
         with self._changed:
             self._group = group
             if not self._is_current(epoch):
                 raise LinkError("superseded while it was being opened")
             self._last_sequence_number = 0
-        group.recv(staging.take_bytes(1), context.config.connect_timeout)
+        group.recv(self._buffer.probe(), context.config.connect_timeout)
         context.log.info("link_opened", epoch=epoch, direction="receive")
 
     def _is_current(self, epoch: int) -> bool:
@@ -188,13 +184,10 @@ class ReceiveLink:
         with self._changed:
             failed = self._ledger.expected_legs
         self._context.log.error("peer_refused", epoch=epoch, reason=reason)
-        opened = worker_pb2.LinkOpened(error=reason)
-        self._control(epoch, worker_pb2.LinkMessage(opened=opened))
+        self._control(epoch, messages.opened(reason))
         self._context.events.link_failed(failed, reason)
 
-    def _receive(
-        self, epoch: int, announce: worker_pb2.LinkAnnounce, lane: CopyLane, staging: Staging
-    ) -> None:
+    def _receive(self, epoch: int, announce: worker_pb2.LinkAnnounce) -> None:
         """Take one piece off the wire, put it where it belongs, acknowledge it."""
         with self._changed:
             group = self._group
@@ -203,27 +196,17 @@ class ReceiveLink:
             raise LinkError("a piece was announced on a link that is not open")
         if announce.sequence_number != expected:
             raise LinkError(f"piece {announce.sequence_number} announced, {expected} was next")
-        wire, tensor = staging.take(announce.num_layers, announce.num_tokens)
+        wire = self._buffer.make_room(announce.num_layers, announce.num_tokens)
         started = time.monotonic()
         group.recv(wire, self._context.config.transfer_timeout)
         seconds = time.monotonic() - started
-        piece = PieceRange(
-            announce.leg_id,
-            announce.first_layer,
-            announce.num_layers,
-            announce.start,
-            announce.num_tokens,
-        )
-        landed = self._scatter(piece, tensor, lane, seconds, wire.numel())
+        landed = self._scatter(messages.piece_range(announce), seconds, wire.numel())
         self._context.counters.received(wire.numel(), seconds, landed=landed)
         with self._changed:
             self._last_sequence_number = expected
-        ack = worker_pb2.LinkAck(sequence_number=expected)
-        self._control(epoch, worker_pb2.LinkMessage(ack=ack))
+        self._control(epoch, messages.acknowledgement(expected))
 
-    def _scatter(
-        self, piece: PieceRange, tensor: torch.Tensor, lane: CopyLane, seconds: float, nbytes: int
-    ) -> bool:
+    def _scatter(self, piece: PieceRange, seconds: float, nbytes: int) -> bool:
         """Write a received piece into its leg's blocks. False if it was not wanted, or failed."""
         landed = False
         try:
@@ -231,10 +214,7 @@ class ReceiveLink:
                 target = self._ledger.begin(piece)
             if target is None:
                 return False
-            with lane.copying(target.written):
-                self._context.blocks.unpack(
-                    piece.first_layer, piece.num_layers, target.slots, tensor
-                )
+            self._buffer.unpack(piece.first_layer, piece.num_layers, target.slots, target.written)
             landed = True
             self._context.events.piece_landed(*piece, seconds, nbytes)
         except Exception as error:
@@ -259,11 +239,7 @@ class ReceiveLink:
             return
         reason = str(error) or type(error).__name__
         self._context.log.warning("link_broken", epoch=epoch, reason=reason, direction="receive")
-        broken = worker_pb2.LinkBroken(reason=reason)
-        try:
-            self._control(epoch, worker_pb2.LinkMessage(broken=broken))
-        except Exception as control_error:
-            self._context.log.warning("peer_unreachable", reason=str(control_error))
+        self._context.report_broken(messages.broken(reason), epoch, to_opener=True)
 
     def _drop_group(self) -> None:
         with self._changed:
@@ -272,6 +248,4 @@ class ReceiveLink:
             group.abort()
 
     def _control(self, epoch: int, message: worker_pb2.LinkMessage) -> None:
-        message.epoch = epoch
-        message.to_opener = True
-        self._context.send_control(message)
+        self._context.send(message, epoch, to_opener=True)

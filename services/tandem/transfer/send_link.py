@@ -13,10 +13,11 @@ import uuid
 from collections.abc import Callable
 
 from tandem.core.errors import PeerMismatchError
-from tandem.transfer.context import LinkContext
+from tandem.transfer import messages
+from tandem.transfer.context import LinkContext, ended
 from tandem.transfer.group import LinkError, LinkGroup
 from tandem.transfer.send_ledger import Outgoing, SendLedger
-from tandem.transfer.staging import CopyLane, Staging
+from tandem.transfer.staging import PieceBuffer
 from tandem.transfer.types import Piece
 from tandem.v1 import worker_pb2
 
@@ -46,6 +47,7 @@ class SendLink:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
+        self._buffer = PieceBuffer(context.blocks, context.spec)
         self._ledger = SendLedger()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -84,24 +86,18 @@ class SendLink:
         with self._changed:
             self._stopped = True
             group = self._group
-        self._update(
-            lambda: self._ledger.shut(f"the connection to {self._context.peer_name} closed")
-        )
+        reason = f"the connection to {self._context.peer_name} closed"
+        self._update(lambda: self._ledger.shut(reason))
         self._context.budget.wake()
         if group is not None:
             group.abort()
 
     def join(self, timeout: float) -> bool:
         """Wait for the thread after `close`. True if it has ended."""
-        thread = self._thread
-        if thread is None:
-            return True
-        thread.join(timeout)
-        return not thread.is_alive()
+        return ended(self._thread, timeout)
 
     def handle(self, message: worker_pb2.LinkMessage) -> None:
         """A message from the link's receiver."""
-        abort = None
         with self._changed:
             if message.epoch != self._epoch:
                 self._context.counters.stale()
@@ -113,11 +109,10 @@ class SendLink:
                 self._broken = f"reported by {self._context.peer_name}: {message.broken.reason}"
             elif kind == "ack" and self._group is not None:
                 self._acknowledged(message.ack.sequence_number)
-            if self._broken:
-                abort = self._group
+            group = self._group if self._broken else None
         self._update(lambda: None)
-        if abort is not None:
-            abort.abort()
+        if group is not None:
+            group.abort()
 
     def give_way(self) -> None:
         """The budget asks for this link's place."""
@@ -149,11 +144,9 @@ class SendLink:
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        lane = CopyLane(self._context.blocks.kv.device)
-        staging = Staging(self._context.spec, self._context.blocks.kv.device)
         while self._await_work():
             try:
-                self._serve_epoch(lane, staging)
+                self._serve_epoch()
             except _LinkStoppedError:
                 return
             except PeerMismatchError as error:
@@ -166,17 +159,17 @@ class SendLink:
             self._changed.wait_for(lambda: self._stopped or not self._ledger.idle)
             return not self._stopped
 
-    def _serve_epoch(self, lane: CopyLane, staging: Staging) -> None:
+    def _serve_epoch(self) -> None:
         """Open the link and send until it is asked to give way."""
         context = self._context
         if not context.budget.acquire(self, lambda: not self._stopped):
             raise _LinkStoppedError
         try:
-            group = self._open(staging)
+            group = self._open()
             context.log.info("link_opened", epoch=self._epoch, direction="send")
             while outgoing := self._next_piece():
-                self._send_piece(outgoing, group, lane, staging)
-            self._control(worker_pb2.LinkMessage(closed=worker_pb2.LinkClosed()))
+                self._send_piece(outgoing, group)
+            self._control(messages.closed())
             context.log.info("link_evicted", epoch=self._epoch)
         finally:
             with self._changed:
@@ -187,7 +180,7 @@ class SendLink:
                 opened.abort()
             context.rendezvous.forget(self._prefix())
 
-    def _open(self, staging: Staging) -> LinkGroup:
+    def _open(self) -> LinkGroup:
         """A new epoch: hand-shake, group, and a first byte that proves it works."""
         context = self._context
         with self._changed:
@@ -205,10 +198,9 @@ class SendLink:
         group = context.make_group(offer, 0, lambda: not (self._stopped or self._broken))
         with self._changed:
             self._group = group
-            if self._stopped:
-                raise _LinkStoppedError
+            self._check_alive()
             self._progress_at = time.monotonic()
-        group.send(staging.take_bytes(1), context.config.connect_timeout)
+        group.send(self._buffer.probe(), context.config.connect_timeout)
         return group
 
     def _await_answer(self) -> None:
@@ -245,28 +237,14 @@ class SendLink:
                     raise LinkError(f"no piece was acknowledged for {patience:g} s")
                 self._changed.wait(left)
 
-    def _send_piece(
-        self, outgoing: Outgoing, group: LinkGroup, lane: CopyLane, staging: Staging
-    ) -> None:
-        sequence_number, piece = outgoing
+    def _send_piece(self, outgoing: Outgoing, group: LinkGroup) -> None:
         try:
-            wire, tensor = staging.take(piece.num_layers, len(piece.slots))
-            with lane.copying(piece.ready):
-                self._context.blocks.pack(piece.first_layer, piece.num_layers, piece.slots, tensor)
+            wire = self._buffer.pack(outgoing.piece)
         except Exception as error:
             self._abandon(error)
             return
         self._update(self._ledger.end_read)
-        announce = worker_pb2.LinkAnnounce(
-            sequence_number=sequence_number,
-            leg_id=piece.leg_id,
-            chunk=piece.chunk,
-            first_layer=piece.first_layer,
-            num_layers=piece.num_layers,
-            start=piece.start,
-            num_tokens=len(piece.slots),
-        )
-        self._control(worker_pb2.LinkMessage(announce=announce))
+        self._control(messages.announcement(outgoing))
         started = time.monotonic()
         group.send(wire, self._context.config.transfer_timeout)
         self._context.counters.sent(wire.numel(), time.monotonic() - started)
@@ -290,11 +268,7 @@ class SendLink:
             retries = self._retries
         context = self._context
         context.log.warning("link_broken", epoch=self._epoch, reason=reason, retries=retries)
-        broken = worker_pb2.LinkMessage(broken=worker_pb2.LinkBroken(reason=reason))
-        try:
-            self._control(broken)
-        except Exception as control_error:
-            context.log.warning("peer_unreachable", reason=str(control_error))
+        context.report_broken(messages.broken(reason), self._epoch)
         if retries > context.config.max_retries:
             self._fail(f"the link to {context.peer_name} broke {retries} times in a row: {reason}")
             return
@@ -306,8 +280,6 @@ class SendLink:
     def _fail(self, reason: str) -> None:
         """Give up on every leg; a later leg may try again."""
         with self._changed:
-            if self._stopped:
-                return
             self._retries = 0
             failed = self._ledger.fail(reason)
         self._context.log.error("link_failed", legs=failed, reason=reason)
@@ -321,8 +293,7 @@ class SendLink:
             raise LinkError(self._broken)
 
     def _control(self, message: worker_pb2.LinkMessage) -> None:
-        message.epoch = self._epoch
-        self._context.send_control(message)
+        self._context.send(message, self._epoch)
 
     def _prefix(self) -> str:
         return f"{self._store_prefix}/{self._epoch}"

@@ -27,6 +27,6 @@ class LandingProgress:
         for layer in range(first_layer, first_layer + num_layers):
             if start > self._landed[layer]:
                 raise ValueError(
-                    f"piece starts at token {start} but layer {layer} has only {self._landed[layer]}"
+                    f"piece starts at token {start}, layer {layer} has only {self._landed[layer]}"
                 )
             self._landed[layer] = max(self._landed[layer], start + num_tokens)

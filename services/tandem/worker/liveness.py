@@ -14,7 +14,7 @@ class ProgressWatch:
         self._since = 0.0
 
     def observe(self, iterations: int, has_work: bool, now: float) -> None:
-        """Note a heartbeat. Raises `DeadlineExceededError` after `timeout` seconds without progress."""
+        """Note a heartbeat. Raises `DeadlineExceededError` after `timeout` without progress."""
         if iterations != self._iterations or not has_work:
             self._iterations, self._since = iterations, now
         elif now - self._since > self._timeout:

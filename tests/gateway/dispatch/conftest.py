@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 import pytest_asyncio
+
 from tandem.core.config import GatewayConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
@@ -42,7 +43,7 @@ def expected_tokens(request: Request) -> list[int]:
 async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait until a condition holds; fail if it does not in time."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the conditions belong to others
+        while not condition():
             await asyncio.sleep(0.002)
 
 
@@ -79,6 +80,7 @@ class ScriptedWorker(worker_pb2_grpc.DecodeServicer):
         self.reassigns: asyncio.Queue[worker_pb2.Reassign] = asyncio.Queue()
         self.hellos = 0
         self.refusals = 0
+        self.beats = 0
         self._submits = submits
         self._outbox: asyncio.Queue[worker_pb2.DecodeMessage | None] = asyncio.Queue()
         self._awake = asyncio.Event()
@@ -162,6 +164,7 @@ class ScriptedWorker(worker_pb2_grpc.DecodeServicer):
         while True:
             iterations += self.progressing
             self.send(heartbeat=worker_pb2.Heartbeat(iterations=iterations))
+            self.beats += 1
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _generate(self, submit: worker_pb2.Submit) -> None:

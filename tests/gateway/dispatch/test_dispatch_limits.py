@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from tandem.core.errors import InvalidRequestError, OverloadedError, TandemError, UnavailableError
 from tandem.v1 import worker_pb2
 from tandem.wire import error_to_failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from tandem.v1 import inference_pb2, worker_pb2
 
 LENGTH = inference_pb2.FINISH_REASON_LENGTH

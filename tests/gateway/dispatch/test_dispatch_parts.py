@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import pytest
+
 from tandem.gateway.dispatch.connection import Backoff
 from tandem.gateway.dispatch.suspects import Suspects
 from tandem.gateway.dispatch.view import Member, membership_from_proto

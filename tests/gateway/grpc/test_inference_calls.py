@@ -10,6 +10,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from tandem.core.errors import (
     DeadlineExceededError,
     OverloadedError,

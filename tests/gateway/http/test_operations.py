@@ -6,10 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
+
 import tandem
 from tandem.core.config import GatewayConfig
 from tandem.gateway.http.app import create_app
-from tandem.gateway.interfaces import MetricsTarget
+from tandem.gateway.interfaces import MetricsTarget, StageTimes
 from tandem.gateway.service import InferenceService
 
 
@@ -150,6 +151,21 @@ async def test_metrics_tell_what_happened(client: httpx.AsyncClient, dispatcher:
         'tandem_gateway_requests_in_flight{api="http"} 0.0',
     ):
         assert line in lines
+
+
+async def test_stage_times_are_observed_and_transfer_only_where_there_was_one(
+    client: httpx.AsyncClient, dispatcher: Any, metrics: Any
+) -> None:
+    body = {"prompt": "a", "max_tokens": 2}
+    for worker in ("prefill-0", ""):
+        dispatcher.stages = StageTimes(0.5, 0.25, 0.125, 0.0625, 1024, worker)
+        await client.post("/v1/completions", json=body)
+    sums = {
+        name: metrics.registry.get_sample_value(f"tandem_gateway_{name}_seconds_sum")
+        for name in ("queue", "prefill", "transfer", "exposed_transfer")
+    }
+    assert sums == {"queue": 1.0, "prefill": 0.5, "transfer": 0.125, "exposed_transfer": 0.0625}
+    assert metrics.registry.get_sample_value("tandem_gateway_kv_transfer_bytes_total") == 1024
 
 
 async def test_metrics_targets_are_http_service_discovery(

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from tandem.core.errors import UnavailableError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -144,3 +145,44 @@ async def test_many_streams_at_once_do_not_mix(http: httpx.AsyncClient, dispatch
     dispatcher.reply = [5] * 30
     assert await asyncio.gather(*map(one, lengths)) == lengths
     assert dispatcher.active == set()
+
+
+async def test_a_crowd_of_which_a_third_leaves(http: httpx.AsyncClient, dispatcher: Any) -> None:
+    """The others are right, and nothing is left behind."""
+    dispatcher.reply = [5] * 40
+
+    async def stays(length: int) -> None:
+        body = {"prompt": "hi", "max_tokens": length, "stream": True, "return_token_ids": True}
+        response = await http.post("/v1/completions", json=body)
+        events = [json.loads(frame[6:]) for frame in response.text.split("\n\n")[:-2]]
+        assert sum(len(event["choices"][0]["token_ids"]) for event in events) == length
+        assert response.text.endswith("data: [DONE]\n\n")
+
+    async def leaves(chunks: int) -> None:
+        body = {"prompt": "hi", "max_tokens": 50, "stream": True, "ignore_eos": True}
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.aiter_lines()
+            for _ in range(chunks):
+                await anext(lines)
+
+    crowd = [leaves(i % 7) if i % 3 == 0 else stays(1 + i % 40) for i in range(90)]
+    await asyncio.gather(*crowd)
+    async with asyncio.timeout(10):
+        while dispatcher.active:
+            await asyncio.sleep(0)
+    assert len(dispatcher.requests) == 90
+
+
+async def test_further_choices_wait_for_the_first_token_of_their_prompt(
+    http: httpx.AsyncClient, dispatcher: Any
+) -> None:
+    """By then the prompt is in the prefix cache."""
+    dispatcher.pause_at = 0
+    body = {"prompt": [[5], [6]], "n": 3, "max_tokens": 2}
+    call = asyncio.create_task(http.post("/v1/completions", json=body))
+    await dispatcher.paused.wait()
+    await http.get("/health")
+    assert [request.token_ids for request in dispatcher.requests] == [(5,), (6,)]
+    dispatcher.resume.set()
+    assert len((await call).json()["choices"]) == 6
+    assert len(dispatcher.requests) == 6

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from tandem.core.errors import InvalidRequestError, ModelLoadError
 from tandem.gateway.text.chat_template import ChatTemplate, load_chat_template
-from transformers.utils.chat_template_utils import render_jinja_template
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "<hi> é 🙂"}]
 TEMPLATES = [

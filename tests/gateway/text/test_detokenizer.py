@@ -8,11 +8,12 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models
+
 from tandem.core.errors import ModelLoadError
 from tandem.gateway.text.detokenizer import IncrementalDetokenizer
 from tandem.gateway.text.pieces import piece_decoder
 from tandem.gateway.text.tokenizer import Tokenizer, load_tokenizer
-from tokenizers import decoders, models
 
 
 @pytest.fixture(scope="session")

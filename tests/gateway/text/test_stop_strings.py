@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tandem.gateway.text.stop_strings import StopStringMatcher
 
 SMALL = st.text(alphabet="ab", max_size=30)

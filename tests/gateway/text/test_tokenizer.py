@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tandem.core.errors import InvalidRequestError, ModelLoadError
 from tandem.gateway.text.tokenizer import load_tokenizer
 

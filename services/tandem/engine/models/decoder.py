@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem_kernels import RaggedBatch, add_rms_norm, rms_norm, rotary_tables
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,6 +15,7 @@ from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.layers import Attention, FeedForward, Iteration, Linear, Loader, OnWritten
 from tandem.engine.models.rope import inverse_frequencies
 from tandem.kvcache.storage import KVStorage
+from tandem_kernels import RaggedBatch, add_rms_norm, rms_norm, rotary_tables
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tandem_kernels import RaggedBatch, apply_rotary, kv_write, paged_attention, rms_norm, silu_mul
 from torch import Tensor
 from torch.nn import functional
 
 from tandem.engine.models.config import DecoderConfig
 from tandem.engine.weights import Checkpoint
+from tandem_kernels import RaggedBatch, apply_rotary, kv_write, paged_attention, rms_norm, silu_mul
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Between a link's own data and its control messages. No state, no I/O."""
+
+from __future__ import annotations
+
+from tandem.transfer.receive_ledger import PieceRange
+from tandem.transfer.send_ledger import Outgoing
+from tandem.v1 import worker_pb2
+
+LinkMessage = worker_pb2.LinkMessage
+
+
+def announcement(outgoing: Outgoing) -> LinkMessage:
+    """The next piece on the wire."""
+    piece = outgoing.piece
+    return LinkMessage(
+        announce=worker_pb2.LinkAnnounce(
+            sequence_number=outgoing.sequence_number,
+            leg_id=piece.leg_id,
+            chunk=piece.chunk,
+            first_layer=piece.first_layer,
+            num_layers=piece.num_layers,
+            start=piece.start,
+            num_tokens=len(piece.slots),
+        )
+    )
+
+
+def piece_range(announce: worker_pb2.LinkAnnounce) -> PieceRange:
+    """Which KV was announced."""
+    return PieceRange(
+        announce.leg_id,
+        announce.first_layer,
+        announce.num_layers,
+        announce.start,
+        announce.num_tokens,
+    )
+
+
+def opened(error: str = "") -> LinkMessage:
+    """The answer to a LinkOpen; empty: come in."""
+    return LinkMessage(opened=worker_pb2.LinkOpened(error=error))
+
+
+def acknowledgement(sequence_number: int) -> LinkMessage:
+    """Every piece up to this one has been dealt with."""
+    return LinkMessage(ack=worker_pb2.LinkAck(sequence_number=sequence_number))
+
+
+def broken(reason: str) -> LinkMessage:
+    """This epoch is over."""
+    return LinkMessage(broken=worker_pb2.LinkBroken(reason=reason))
+
+
+def closed() -> LinkMessage:
+    """This epoch was closed while it was idle."""
+    return LinkMessage(closed=worker_pb2.LinkClosed())
