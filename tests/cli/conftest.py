@@ -11,6 +11,7 @@ from concurrent import futures
 
 import grpc
 import pytest
+
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import yaml
+
 from tandem.config import FLAGS
 
 from .conftest import Run
@@ -102,7 +103,7 @@ def test_the_status_table_is_readable_in_80_columns(
     row = next(line for line in lines if line.startswith("prefill-0"))
     assert row.split() == ["prefill-0", "prefill", "ready", "4242", "cpu", "3", "2",
                            "10/20/64", "1", "123.4"]  # fmt: skip
-    assert "decode-0: replaced 2 times, its process ended (system error)" in result.stdout
+    assert "decode-0: restarts: 2, its process ended (system error)" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from tandem.commands.show_config import render_reference
 from tandem.config import (
     FLAGS,
