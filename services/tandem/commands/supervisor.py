@@ -22,6 +22,7 @@ from tandem.commands.progress import ClusterView, StartProgress, describe, state
 from tandem.commands.reaper import Reaper
 from tandem.commands.start import everyone_ready
 from tandem.commands.terminal import console, errors
+from tandem.controller.environment import prepare_environment
 from tandem.core.config import TandemConfig
 from tandem.core.errors import UnavailableError
 
@@ -93,6 +94,7 @@ class Supervisor:
     @contextmanager
     def _ray(self, reaper: Reaper) -> Iterator[RayCluster]:
         with console.status("starting Ray"):
+            prepare_environment()
             from tandem.controller import session
 
             if self._ray_address:
