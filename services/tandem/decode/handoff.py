@@ -174,7 +174,6 @@ class Handoff:
             leg_id=leg.leg_id,
             token_ids=active.sequence.token_ids,
             held_tokens=held_tokens,
-            prompt_logprobs_from=active.logprobs_covered,
         )
         leg.was_asked = True
         leg.peer.send(worker_pb2.DecodeToPrefill(prefill=request))
