@@ -19,7 +19,7 @@ from tandem.core.config import GatewayConfig
 from tandem.core.errors import TandemError
 from tandem.core.request import FinishReason, PositionLogprobs, Request, TokenLogprob
 from tandem.gateway.http.app import create_app
-from tandem.gateway.interfaces import ModelInfo, OutputEvent, StageTimes
+from tandem.gateway.interfaces import HandoverTimes, ModelInfo, OutputEvent, StageTimes
 from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.server import GatewayServer
 from tandem.gateway.service import InferenceService
@@ -93,6 +93,7 @@ class FakeDispatcher:
         self.cached_tokens = 0
         self.tokens_per_event = 1
         self.stages: StageTimes | None = None
+        self.handover: HandoverTimes | None = None
         self.errors: dict[int, Exception] = {}
         """Raised instead of the token at that position."""
         self.pause_at: int | None = None
@@ -147,6 +148,7 @@ class FakeDispatcher:
                 stop_token_id=chunk[-1] if last and reason == "stop" else None,
                 cached_tokens=self.cached_tokens,
                 stages=self.stages if first else None,
+                handover=self.handover if first else None,
             )
 
     def plan(self, request: Request) -> tuple[list[int], FinishReason]:

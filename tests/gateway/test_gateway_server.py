@@ -126,6 +126,8 @@ async def _refused(port: int) -> None:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
             except ConnectionRefusedError:
                 return
+            except ConnectionResetError:
+                continue  # it was still in the backlog when the port closed
             writer.close()
             await writer.wait_closed()
 

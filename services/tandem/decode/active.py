@@ -59,6 +59,8 @@ class ActiveRequest:
     first_token_at: float | None = None
     cached_tokens: int | None = None
     prefill_worker: str = ""
+    handover: worker_pb2.HandoverInfo | None = None
+    """How its KV came; goes out with the next token."""
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     """Of positions 1, 2, ... in order."""
     logprobs_covered: int = 0

@@ -124,9 +124,10 @@ class PrefillPeer:
                     self.transfer.handle(message.link)
                 case "heartbeat":
                     beat = message.heartbeat
-                    watch.observe(
+                    if watch.observe(
                         beat.iterations, beat.running + beat.waiting > 0, time.monotonic()
-                    )
+                    ):
+                        self._runtime.progress += 1
                 case "hello":
                     log.info("prefill worker connected", worker=self._runtime.name, peer=self.name)
                 case _:

@@ -142,7 +142,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         while True:
             session.heartbeat(
                 worker_pb2.Heartbeat(
-                    iterations=runtime.iterations,
+                    iterations=runtime.progress,
                     running=runtime.scheduler.num_running,
                     waiting=runtime.scheduler.num_waiting,
                     blocks_used=runtime.pool.num_used,

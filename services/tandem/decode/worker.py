@@ -275,6 +275,9 @@ class DecodeWorker:
             output.stop_token_id = sampled.token_id
         if active.sequence.num_tokens == len(active.request.token_ids) + 1:
             output.first.CopyFrom(self._first_token_info(active))
+        if active.handover is not None:
+            output.handover.CopyFrom(active.handover)
+            active.handover = None
         active.session.emit(output)
 
     def _first_token_info(self, active: ActiveRequest) -> worker_pb2.FirstTokenInfo:

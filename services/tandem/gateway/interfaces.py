@@ -32,11 +32,17 @@ class StageTimes:
 
     queue_seconds: float
     prefill_seconds: float
+    prefill_worker: str
+    """Empty: the decode worker prefilled the prompt itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverTimes:
+    """How KV came from a prefill worker. What came after the first token is exposed. Seconds."""
+
     transfer_seconds: float
     exposed_transfer_seconds: float
     kv_bytes: int
-    prefill_worker: str
-    """Empty: the decode worker prefilled the prompt itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,8 @@ class OutputEvent:
     """Prompt tokens that no worker had to compute; known from the first token on."""
     stages: StageTimes | None = None
     """With the first token of an attempt."""
+    handover: HandoverTimes | None = None
+    """With the first token after KV from a prefill worker was complete."""
 
 
 class OutputStream(Protocol):

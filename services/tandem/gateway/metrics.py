@@ -19,7 +19,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from tandem.gateway.interfaces import StageTimes
+from tandem.gateway.interfaces import HandoverTimes, StageTimes
 
 Outcome = Literal[
     "ok", "client_error", "overloaded", "unavailable", "timeout", "error", "cancelled"
@@ -64,7 +64,7 @@ class GatewayMetrics:
         self._cached_tokens = self._counter(
             "cached_prompt_tokens", "Prompt tokens that no worker had to compute."
         )
-        self._kv_bytes = self._counter("kv_transfer_bytes", "KV bytes moved for first tokens.")
+        self._kv_bytes = self._counter("kv_transfer_bytes", "KV bytes from prefill workers.")
         self._recoveries = self._counter(
             "recoveries", "Requests moved to another worker, by cause.", "cause"
         )
@@ -122,10 +122,12 @@ class GatewayMetrics:
         """Observe what the workers report with the first token of an attempt."""
         self._queue.observe(stages.queue_seconds)
         self._prefill.observe(stages.prefill_seconds)
-        if stages.prefill_worker:
-            self._transfer.observe(stages.transfer_seconds)
-            self._exposed.observe(stages.exposed_transfer_seconds)
-            self._kv_bytes.inc(stages.kv_bytes)
+
+    def handover(self, times: HandoverTimes) -> None:
+        """Observe how the KV of a prompt came from a prefill worker."""
+        self._transfer.observe(times.transfer_seconds)
+        self._exposed.observe(times.exposed_transfer_seconds)
+        self._kv_bytes.inc(times.kv_bytes)
 
     def finished(
         self,

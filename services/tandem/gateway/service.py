@@ -135,6 +135,8 @@ class InferenceService:
                 now = time.perf_counter()
                 if output.stages is not None:
                     self._metrics.stages(output.stages)
+                if output.handover is not None:
+                    self._metrics.handover(output.handover)
                 if first:
                     self._metrics.next_tokens(now - last)
                 else:

@@ -307,6 +307,7 @@ class SequenceOutput(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
+    HANDOVER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     output_index: _builtins.int
@@ -324,6 +325,10 @@ class SequenceOutput(_message.Message):
     def first(self) -> Global___FirstTokenInfo:
         """with the first token of an attempt"""
 
+    @_builtins.property
+    def handover(self) -> Global___HandoverInfo:
+        """with the first token after KV from elsewhere was complete"""
+
     def __init__(
         self,
         *,
@@ -336,10 +341,11 @@ class SequenceOutput(_message.Message):
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
         stop_token_id: _builtins.int = ...,
         first: Global___FirstTokenInfo | None = ...,
+        handover: Global___HandoverInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "handover", b"handover"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "first", b"first", "logprobs", b"logprobs", "output_index", b"output_index", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_token_id", b"stop_token_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "finish_reason", b"finish_reason", "first", b"first", "handover", b"handover", "logprobs", b"logprobs", "output_index", b"output_index", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_token_id", b"stop_token_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,20 +360,12 @@ class FirstTokenInfo(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
-    TRANSFER_SECONDS_FIELD_NUMBER: _builtins.int
-    EXPOSED_TRANSFER_SECONDS_FIELD_NUMBER: _builtins.int
-    KV_BYTES_FIELD_NUMBER: _builtins.int
     PREFILL_WORKER_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     queue_seconds: _builtins.float
     """submit -> first prefill iteration"""
     prefill_seconds: _builtins.float
     """first prefill iteration -> first token sampled"""
-    transfer_seconds: _builtins.float
-    """sum of time KV was on the wire"""
-    exposed_transfer_seconds: _builtins.float
-    """first token sampled -> last KV scattered"""
-    kv_bytes: _builtins.int
     prefill_worker: _builtins.str
     """empty: prefilled locally"""
     def __init__(
@@ -376,18 +374,44 @@ class FirstTokenInfo(_message.Message):
         cached_tokens: _builtins.int = ...,
         queue_seconds: _builtins.float = ...,
         prefill_seconds: _builtins.float = ...,
-        transfer_seconds: _builtins.float = ...,
-        exposed_transfer_seconds: _builtins.float = ...,
-        kv_bytes: _builtins.int = ...,
         prefill_worker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "exposed_transfer_seconds", b"exposed_transfer_seconds", "kv_bytes", b"kv_bytes", "prefill_seconds", b"prefill_seconds", "prefill_worker", b"prefill_worker", "queue_seconds", b"queue_seconds", "transfer_seconds", b"transfer_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "prefill_seconds", b"prefill_seconds", "prefill_worker", b"prefill_worker", "queue_seconds", b"queue_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FirstTokenInfo: _TypeAlias = FirstTokenInfo  # noqa: Y015
+
+@_typing.final
+class HandoverInfo(_message.Message):
+    """How the KV of one prompt came. Most of it comes before the first token, the rest is exposed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_SECONDS_FIELD_NUMBER: _builtins.int
+    EXPOSED_TRANSFER_SECONDS_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    transfer_seconds: _builtins.float
+    """sum of time KV was on the wire"""
+    exposed_transfer_seconds: _builtins.float
+    """first token arrived -> last KV scattered"""
+    kv_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        transfer_seconds: _builtins.float = ...,
+        exposed_transfer_seconds: _builtins.float = ...,
+        kv_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_transfer_seconds", b"exposed_transfer_seconds", "kv_bytes", b"kv_bytes", "transfer_seconds", b"transfer_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandoverInfo: _TypeAlias = HandoverInfo  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):

@@ -13,14 +13,19 @@ class ProgressWatch:
         self._iterations = -1
         self._since = 0.0
 
-    def observe(self, iterations: int, has_work: bool, now: float) -> None:
-        """Note a heartbeat. Raises `DeadlineExceededError` after `timeout` without progress."""
-        if iterations != self._iterations or not has_work:
+    def observe(self, iterations: int, has_work: bool, now: float) -> bool:
+        """Note a heartbeat; returns whether there was an iteration since the one before.
+
+        Raises `DeadlineExceededError` after `timeout` seconds without one while there is work.
+        """
+        moved = iterations != self._iterations
+        if moved or not has_work:
             self._iterations, self._since = iterations, now
         elif now - self._since > self._timeout:
             raise DeadlineExceededError(
                 f"no iteration for {now - self._since:.0f} s while work is waiting"
             )
+        return moved
 
 
 def check_incarnation(name: str, expected: int, actual: int) -> None:

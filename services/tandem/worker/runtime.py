@@ -83,6 +83,8 @@ class WorkerRuntime:
         self.device = device
         self.incarnation = time.time_ns()
         self.iterations = 0
+        self.progress = 0
+        """Grows with every iteration, and with those of prefill workers that work for this one."""
         self.metrics = WorkerMetrics(name, role)
         self.link_budget = LinkBudget(config.transfer.max_links)
         self._rendezvous = Rendezvous(config.worker.host)
@@ -149,6 +151,7 @@ class WorkerRuntime:
         metrics.iteration_tokens.observe(plan.num_tokens)
         metrics.iteration_sequences.observe(len(plan.chunks))
         self.iterations += 1
+        self.progress += 1
 
     def count_tokens(self, kind: str, amount: int) -> None:
         """Count tokens computed, for the metrics and for the rate in `tandem status`."""

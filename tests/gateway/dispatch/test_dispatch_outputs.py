@@ -159,8 +159,9 @@ async def test_cached_tokens_are_those_of_the_first_attempt_that_answered(
         cluster, make_request, tools, max_tokens=3
     )
     tokens = tools.expected(request)
-    first = worker_pb2.FirstTokenInfo(cached_tokens=4, prefill_worker="prefill-7", kv_bytes=9)
-    worker.send_output(submit, 0, tokens[:1], first=first)
+    first = worker_pb2.FirstTokenInfo(cached_tokens=4, prefill_worker="prefill-7")
+    handover = worker_pb2.HandoverInfo(kv_bytes=9)
+    worker.send_output(submit, 0, tokens[:1], first=first, handover=handover)
     await tools.eventually(lambda: len(events) == 1)
     await worker.die()
     heir, again = await cluster.serving()
@@ -169,7 +170,7 @@ async def test_cached_tokens_are_those_of_the_first_attempt_that_answered(
     assert await reader == tokens
     assert [event.cached_tokens for event in events] == [4, 4]
     assert events[0].stages.prefill_worker == "prefill-7"
-    assert events[0].stages.kv_bytes == 9
+    assert events[0].handover.kv_bytes == 9
     assert events[1].stages.queue_seconds == 0.5
 
 

@@ -10,7 +10,7 @@ import pytest
 import tandem
 from tandem.core.config import GatewayConfig
 from tandem.gateway.http.app import create_app
-from tandem.gateway.interfaces import MetricsTarget, StageTimes
+from tandem.gateway.interfaces import HandoverTimes, MetricsTarget, StageTimes
 from tandem.gateway.service import InferenceService
 
 
@@ -157,8 +157,8 @@ async def test_stage_times_are_observed_and_transfer_only_where_there_was_one(
     client: httpx.AsyncClient, dispatcher: Any, metrics: Any
 ) -> None:
     body = {"prompt": "a", "max_tokens": 2}
-    for worker in ("prefill-0", ""):
-        dispatcher.stages = StageTimes(0.5, 0.25, 0.125, 0.0625, 1024, worker)
+    for worker, handover in (("prefill-0", HandoverTimes(0.125, 0.0625, 1024)), ("", None)):
+        dispatcher.stages, dispatcher.handover = StageTimes(0.5, 0.25, worker), handover
         await client.post("/v1/completions", json=body)
     sums = {
         name: metrics.registry.get_sample_value(f"tandem_gateway_{name}_seconds_sum")

@@ -16,7 +16,7 @@ from tandem.core.errors import TandemError
 from tandem.core.request import FinishReason, PositionLogprobs, Request
 from tandem.gateway.dispatch.stream import DecodeStream
 from tandem.gateway.dispatch.view import Member
-from tandem.gateway.interfaces import OutputEvent, StageTimes
+from tandem.gateway.interfaces import HandoverTimes, OutputEvent, StageTimes
 from tandem.kvcache.hashing import extend_hashes
 from tandem.v1 import inference_pb2, worker_pb2
 from tandem.wire import as_on_the_wire, finish_reason_from_proto, position_logprobs_from_proto
@@ -168,6 +168,7 @@ class Flight:
                 stop_token_id=output.stop_token_id if reason == "stop" else None,
                 cached_tokens=self._cached_tokens or 0,
                 stages=_stages(output.first) if has_first else None,
+                handover=_handover(output.handover) if output.HasField("handover") else None,
             )
         )
 
@@ -191,8 +192,13 @@ def _stages(first: worker_pb2.FirstTokenInfo) -> StageTimes:
     return StageTimes(
         queue_seconds=first.queue_seconds,
         prefill_seconds=first.prefill_seconds,
-        transfer_seconds=first.transfer_seconds,
-        exposed_transfer_seconds=first.exposed_transfer_seconds,
-        kv_bytes=first.kv_bytes,
         prefill_worker=first.prefill_worker,
+    )
+
+
+def _handover(info: worker_pb2.HandoverInfo) -> HandoverTimes:
+    return HandoverTimes(
+        transfer_seconds=info.transfer_seconds,
+        exposed_transfer_seconds=info.exposed_transfer_seconds,
+        kv_bytes=info.kv_bytes,
     )
