@@ -6,6 +6,7 @@ So this module must not import Ray, and whoever imports `session` calls `prepare
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -20,5 +21,7 @@ def prepare_environment() -> None:
     # Ray runs its workers at nice 15: anything else on the machine would starve the model.
     os.environ.setdefault("RAY_worker_niceness", "0")
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    if given or (Path.home() / ".ray" / "auth_token").is_file():
+    has_token = bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
+    # Once Ray is loaded, its children would read this and it would not: they could not talk.
+    if has_token and "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
