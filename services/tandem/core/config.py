@@ -162,4 +162,6 @@ class TandemConfig(_Frozen):
     worker: WorkerConfig = WorkerConfig()
     gateway: GatewayConfig = GatewayConfig()
     controller: ControllerConfig = ControllerConfig()
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe log lines that are written"
+    )
