@@ -19,12 +19,13 @@ from tandem_kernels.dispatched import (
     truncate_logits,
 )
 from tandem_kernels.gumbel import uniform_bits
-from tandem_kernels.implementation import implementation
+from tandem_kernels.implementation import REFERENCE, implementation, runs_compiled_decoder
 from tandem_kernels.logprobs import TopLogprobs, top_logprobs
 from tandem_kernels.ragged_batch import RaggedBatch
 from tandem_kernels.rotary import rotary_tables
 
 __all__ = [
+    "REFERENCE",
     "RaggedBatch",
     "TopLogprobs",
     "add_rms_norm",
@@ -38,6 +39,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_tables",
+    "runs_compiled_decoder",
     "silu_mul",
     "top_logprobs",
     "truncate_logits",

@@ -6,9 +6,11 @@ through ctypes; `native/` holds the source.
 
 from tandem_kernels.cpu.context import Context, is_supported
 from tandem_kernels.cpu.decoder import CompiledDecoder, PackedLayer, PackedModel
+from tandem_kernels.cpu.library import MOST_HEAD_DIM
 from tandem_kernels.cpu.packing import PackedLinear, can_pack, pack_gate_up, pack_linear
 
 __all__ = [
+    "MOST_HEAD_DIM",
     "CompiledDecoder",
     "Context",
     "PackedLayer",

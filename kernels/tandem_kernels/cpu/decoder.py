@@ -92,6 +92,7 @@ class CompiledDecoder:
         if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab:
             raise IndexError(f"a token id is outside of the vocabulary of {vocab}")
         rows = batch.num_tokens if wanted_rows is None else len(wanted_rows)
+        num_wanted = -1 if wanted_rows is None else rows
         hidden = torch.empty((rows, self._model.embedding.inputs), dtype=self._dtype)
         view = BatchView(batch)
         cache = CacheStruct(address(kv, self._dtype), kv.shape[2])
@@ -101,7 +102,7 @@ class CompiledDecoder:
             status = self.context.library.tandem_forward(
                 *(self.context.handle, self._struct, view.struct, cache),
                 *(address(token_ids, torch.int64), first, stop + 1 - first),
-                *(address(wanted_rows, torch.int64), rows, address(hidden)),
+                *(address(wanted_rows, torch.int64), num_wanted, address(hidden)),
             )
             check(status)
             first = stop + 1
@@ -125,5 +126,3 @@ def _layer_struct(layer: PackedLayer) -> LayerStruct:
         down=layer.down.struct,
         window=layer.window or 0,
     )
-
-

@@ -156,7 +156,9 @@ def kv_pack(
 ) -> Tensor:
     """As the reference of the same name. Any thread may call it."""
     if out is None:
-        out = torch.empty((num_layers, 2, len(slots), *kv.shape[4:]), dtype=kv.dtype)
+        # A tensor that other threads may fill again, outside of inference mode.
+        with torch.inference_mode(False):
+            out = torch.empty((num_layers, 2, len(slots), *kv.shape[4:]), dtype=kv.dtype)
     _kv_copy(kv, first_layer, num_layers, slots, out, into_cache=False)
     return out
 

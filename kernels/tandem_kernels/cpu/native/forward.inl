@@ -54,9 +54,9 @@ static void layer_phases(Member& member, ForwardState<T>& state, int64_t index) 
   rotary_kv_phase<T>(member, model, layer, *f.batch, scratch.projected.as<float>(),
                      scratch.query.as<T>(), keys, keys + cache_layer);
   const bool last = index == model.num_layers - 1;
-  if (last && f.wanted_rows != nullptr && f.num_wanted == 0) return;
+  if (last && f.num_wanted == 0) return;
   attention_phase<T>(member, scratch, state.attention, state.units);
-  if (last && f.wanted_rows != nullptr) {
+  if (last && f.num_wanted >= 0) {
     if (member.index() == 0) gather_rows<T>(scratch, f);
     rows = f.num_wanted;
     member.barrier();
@@ -101,7 +101,7 @@ static void run_forward(Team& team, Scratch& scratch, const Forward& f) {
   scratch.seen.reserve(rows * attended * size);
   scratch.inner.reserve(rows * m.inner * size);
   scratch.packed.reserve(rows * widest * size);
-  if (f.wanted_rows != nullptr) scratch.gathered.reserve(f.num_wanted * (m.hidden * 4 + attended * size) + 64);
+  if (f.num_wanted >= 0) scratch.gathered.reserve(f.num_wanted * (m.hidden * 4 + attended * size) + 64);
   ForwardState<T> state{scratch, f, {0, 0}, -1, {}};
   state.attention = {f.batch, scratch.query.as<T>(), nullptr, nullptr, scratch.seen.as<T>(),
                      m.heads, m.kv_heads, m.head_dim,

@@ -62,9 +62,9 @@ struct Forward {
   const int64_t* token_ids;
   int64_t first_layer;
   int64_t num_layers;
-  const int64_t* wanted_rows;  // null: all
-  int64_t num_wanted;
-  void* hidden;  // T [num_wanted, hidden], written by the last layer
+  const int64_t* wanted_rows;
+  int64_t num_wanted;  // -1: all rows, in their order
+  void* hidden;        // T [num_wanted, hidden], written by the last layer
 };
 
 struct Attention {
