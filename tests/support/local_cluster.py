@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import grpc.aio
+import httpx
 
 from tandem.core.config import TandemConfig
 from tandem.core.request import Request
@@ -33,6 +34,8 @@ Connect = Callable[["LocalCluster"], AbstractAsyncContextManager[Dispatcher]]
 """The `connect` fixture."""
 
 _START_SECONDS = 60.0
+_PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker"]
+"""Imported once, in a clean process from which all workers are forked."""
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
@@ -110,7 +113,8 @@ class LocalCluster:
 
     async def add(self, *workers: tuple[str, str]) -> None:
         """Start workers given as (role, name) side by side; replaces those of the same name."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         started = []
         for role, name in workers:
             ours, theirs = context.Pipe()
@@ -163,6 +167,14 @@ class LocalCluster:
                 worker_pb2.CheckIntegrityRequest(), timeout=10
             )
             return list(answer.violations)
+
+    async def metric(self, name: str, series: str) -> float:
+        """Return the value of one series of a worker, given as it stands in its exposition."""
+        address = self.workers[name].endpoint.metrics_address
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"http://{address}/metrics")).text
+        values = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(series)]
+        return sum(map(float, values))
 
     async def assert_all_free(self, names: Iterable[str] | None = None) -> None:
         """Every block of the named workers becomes free, and the pools are whole."""
