@@ -22,7 +22,11 @@ class Buffer {
 
   void* reserve(int64_t bytes) {
     if (bytes > capacity_) {
+#if defined(__SANITIZE_ADDRESS__)
+      const int64_t rounded = (bytes + 63) / 64 * 64;  // tight, so that a step past it is seen
+#else
       const int64_t rounded = (bytes + bytes / 8 + 4095) / 4096 * 4096;
+#endif
       std::free(data_);
       capacity_ = 0;
       data_ = std::aligned_alloc(64, static_cast<size_t>(rounded));
