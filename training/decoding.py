@@ -22,7 +22,7 @@ class Decoder:
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
         # Typed loosely: the library's own annotations refuse `generate` on what this returns.
         self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-        self.model.eval()
+        self.model.eval()  # type: ignore[no-untyped-call]
 
     def answers(self, prompts: Sequence[str], longest: int = 320) -> list[str]:
         """What the model says after each prompt, in order; an answer that never ends is `""`."""
