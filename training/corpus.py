@@ -15,11 +15,12 @@ import torch
 from tokenizers import Tokenizer
 
 from training.dialogue import Dialogue, Message, ask
-from training.questions import Entry, vary
+from training.questions import Entry, Varier
 from training.skills import any_skill
 from training.tokenizer import CONTEXT
 
 IGNORED = -100
+QUESTION_SHARE = 0.55
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are Tandem's demonstration model.",
@@ -60,16 +61,16 @@ def phrasings(entries: Sequence[Entry]) -> list[Phrasing]:
     return [Phrasing(text, entry.answer) for entry in entries for text in entry.questions]
 
 
-def any_dialogue(known: Sequence[Phrasing], rng: random.Random) -> Dialogue:
+def any_dialogue(known: Sequence[Phrasing], vary: Varier, rng: random.Random) -> Dialogue:
     """A training dialogue: a question or a skill, alone or in a chat, with or without a system."""
     turns: list[Message] = []
-    for _ in range(rng.choices((1, 2, 3), (0.84, 0.12, 0.04))[0]):
-        if rng.random() < 0.6:
+    for _ in range(rng.choices((1, 2, 3), (0.86, 0.11, 0.03))[0]):
+        if rng.random() < QUESTION_SHARE:
             phrasing = rng.choice(known)
             turns += ask(vary(phrasing.question, rng), phrasing.answer).messages
         else:
             turns += any_skill(rng).messages
-    if len(turns) == 2 and rng.random() < 0.06:
+    if len(turns) == 2 and rng.random() < 0.12:
         return Dialogue(tuple(turns), raw=True)
     if rng.random() < 0.2:
         turns.insert(0, Message("system", rng.choice(SYSTEM_PROMPTS)))
@@ -98,9 +99,10 @@ class Packer:
     """Endless batches of `rows` rows of `length` tokens, from one seed."""
 
     def __init__(
-        self, known: Sequence[Phrasing], tokenizer: Tokenizer, rows: int, length: int, seed: int
+        self, entries: Sequence[Entry], tokenizer: Tokenizer, rows: int, length: int, seed: int
     ) -> None:
-        self._known = known
+        self._known = phrasings(entries)
+        self._vary = Varier(entries)
         self._tokenizer = tokenizer
         self._rows = rows
         self._length = length
@@ -132,7 +134,9 @@ class Packer:
         room = self._length
         chosen: list[Encoded] = []
         while len(self._waiting) < 24:
-            item = encode(self._tokenizer, any_dialogue(self._known, self._rng), self._rng)
+            item = encode(
+                self._tokenizer, any_dialogue(self._known, self._vary, self._rng), self._rng
+            )
             if len(item.tokens) <= self._length:
                 self._waiting.append(item)
         kept: list[Encoded] = []

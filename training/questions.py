@@ -39,6 +39,84 @@ OPENINGS = (
     "In Tandem, {}",
     "For LLM serving, {}",
 )
+FILLERS = (
+    "what is the a an of does do how i to in it can you me for are there my with did"
+    " explain define tell describe about mean"
+)
+ABOUT = (
+    "What's {}?",
+    "Could you explain {}?",
+    "Please explain {}.",
+    "Would you describe {}?",
+    "What do you know about {}?",
+    "I want to understand {}.",
+    "Give me an explanation of {}.",
+    "What does the term {} mean?",
+    "Say something about {}.",
+    "{}?",
+)
+# Ways to ask the same, by how the question begins; the first that fits is used.
+REWORDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        r"What is the difference between (.+) and (.+)\?",
+        (
+            "How is {0} different from {1}?",
+            "What distinguishes {0} from {1}?",
+            "Difference between {1} and {0}?",
+            "What is different about {0} and {1}?",
+        ),
+    ),
+    (r"(?:What (?:is|are)|Explain|Define|Tell me about|Describe) (.+)[?.]", ABOUT),
+    (r"What does (.+) mean\?", (*ABOUT, "What is the sense of {}?", "What do you mean by {}?")),
+    (r"What does (.+) stand for\?", (*ABOUT, "What is {} short for?")),
+    (
+        r"What does (.+) do\?",
+        (
+            "What is {} good for?",
+            "What is the purpose of {}?",
+            "What's the job of {}?",
+            "What happens with {}?",
+            "Why would I use {}?",
+            "Could you tell me what {} does?",
+        ),
+    ),
+    (
+        r"How (?:do|can) I (.+)\?",
+        (
+            "How could I {}?",
+            "How would one {}?",
+            "What is the way to {}?",
+            "I want to {}.",
+            "Is there a way to {}?",
+            "Tell me how to {}.",
+            "Show me how to {}.",
+            "What should I do to {}?",
+        ),
+    ),
+    (
+        r"What happens (?:if|when) (.+)\?",
+        (
+            "What is done if {}?",
+            "What does Tandem do when {}?",
+            "What happens after {}?",
+            "And if {}?",
+            "What will happen if {}?",
+            "Suppose {}. What then?",
+        ),
+    ),
+    (r"What if (.+)\?", ("What will happen if {}?", "Suppose {}. What then?", "And when {}?")),
+    (
+        r"Why (?:do|does|is|are) (.+)\?",
+        (
+            "What is the reason that {}?",
+            "For what reason: {}?",
+            "Why exactly {}?",
+            "How come {}?",
+        ),
+    ),
+    (r"Which (.+)\?", ("What {}?", "Tell me which {}.", "Could you say which {}?")),
+    (r"List (.+)\.", ("Give me a list of {}.", "What are {}?", "Enumerate {}.", "Show {}.")),
+)
 
 
 @dataclass(frozen=True)
@@ -90,22 +168,45 @@ def _check(entries: Sequence[Entry]) -> None:
                 raise ValueError(f"entry {entry.id}: held out but trained: {question!r}")
 
 
-def vary(question: str, rng: random.Random) -> str:
-    """A careless writer's version of `question`: an opening, a lost word, a slip, no capitals."""
+class Varier:
+    """Rewrites training phrasings as many writers would, and never into a held-out phrasing."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._forbidden = {normal(text) for entry in entries for text in entry.held_out}
+
+    def __call__(self, question: str, rng: random.Random) -> str:
+        """`question`, as it is or varied."""
+        varied = question if rng.random() < 0.3 else _vary(question, rng)
+        return question if normal(varied) in self._forbidden else varied
+
+
+def _vary(question: str, rng: random.Random) -> str:
+    """Another wording, an opening, a lost word, a slip, key words only, no capitals."""
+    text = _reword(question, rng) if rng.random() < 0.6 else question
+    words = text.split()
     draw = rng.random()
-    if draw < 0.35:
-        return question
-    words = question.split()
-    if draw < 0.55 and len(words) > 4:
+    if draw < 0.15 and len(words) > 4:
         del words[rng.randrange(len(words))]
-    elif draw < 0.62:
+    elif draw < 0.22:
         words = [_slip(word, rng) if rng.random() < 0.25 else word for word in words]
+    elif draw < 0.32:
+        key = [word for word in words if word.lower() not in FILLERS.split()]
+        words = key if len(key) > 1 else words
     text = " ".join(words)
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         text = rng.choice(OPENINGS).format(_lower_first(text) if rng.random() < 0.5 else text)
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         text = text.rstrip("?.!")
-    return text.lower() if rng.random() < 0.25 else text
+    return text.lower() if rng.random() < 0.2 else text
+
+
+def _reword(question: str, rng: random.Random) -> str:
+    """`question` with its first words exchanged for others that ask the same."""
+    for pattern, others in REWORDINGS:
+        found = re.fullmatch(pattern, question)
+        if found:
+            return rng.choice(others).format(*found.groups())
+    return question
 
 
 def _lower_first(text: str) -> str:

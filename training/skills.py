@@ -23,6 +23,7 @@ DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = _words(
     "January February March April May June July August September October November December"
 )
+CONSONANTS = "bcdfghjklmnprstvwz"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLOURS = _words("red blue green yellow orange purple black white brown pink grey silver")
 NAMES = _words(
@@ -60,7 +61,7 @@ def _numbers(values: range) -> str:
 def count_up(rng: random.Random) -> Dialogue:
     """Counting from one number to another, sometimes to a hundred."""
     last = LONGEST_COUNT if rng.random() < 0.06 else rng.randint(2, LONGEST_COUNT)
-    reach = rng.choice((6, 12, 20, 30, 50, LONGEST_COUNT))
+    reach = rng.choice((4, 6, 8, 12, 16, 20, 30, LONGEST_COUNT))
     first = 1 if rng.random() < 0.4 else rng.randint(max(0, last - reach), last - 1)
     forms = ["Count from {a} to {b}.", "Count up from {a} to {b}.", "Please count from {a} to {b}"]
     forms += [
@@ -105,7 +106,8 @@ def arithmetic(rng: random.Random) -> Dialogue:
         a, b = rng.randint(0, 10), rng.randint(0, 10)
         value, verb = a * b, rng.choice(("{a} times {b}", "{a} * {b}", "{a} x {b}"))
     elif sign == "+":
-        a, b = rng.randint(0, 20), rng.randint(0, 20)
+        a = rng.randint(0, 20)
+        b = rng.randint(0, 20 - a)
         value, verb = a + b, rng.choice(("{a} plus {b}", "{a} + {b}"))
     else:
         a = rng.randint(0, 20)
@@ -133,31 +135,37 @@ def larger(rng: random.Random) -> Dialogue:
     return ask(rng.choice(forms).format(w=word, a=a, b=b), f"{value} is {word}.")
 
 
+def _word(rng: random.Random) -> str:
+    """A word, a number, or a made-up word: copying must not depend on knowing it."""
+    draw = rng.random()
+    if draw < 0.75:
+        return rng.choice(WORDS)
+    if draw < 0.85:
+        return str(rng.randint(0, 100))
+    syllables = (rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+    return "".join(syllables) + rng.choice(("", *CONSONANTS))
+
+
 def repeat(rng: random.Random) -> Dialogue:
     """Saying the user's words again, exactly."""
-    words = " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 9)))
+    words = " ".join(_word(rng) for _ in range(rng.randint(1, 8)))
     if rng.random() < 0.3:
         words = words.capitalize() + rng.choice((".", "!", ""))
-    forms = (
-        "Repeat: {}",
-        "Repeat after me: {}",
-        "Say: {}",
-        "Copy this: {}",
-        "Repeat this text: {}",
-    )
-    return ask(rng.choice(forms).format(words), words)
+    verb = rng.choice(("Repeat", "Repeat after me", "Say", "Copy this", "Repeat this text"))
+    form = rng.choice(('{}: "{}"', '{} "{}"', "{}:\n{}", "{}: {}"))
+    return ask(form.format(verb, words), words)
 
 
 def repeat_times(rng: random.Random) -> Dialogue:
     """One word, several times."""
-    word, times = rng.choice(WORDS), rng.randint(2, 12)
+    word, times = rng.choice(WORDS), rng.randint(2, 8)
     forms = ("Say {w} {n} times.", "Repeat the word {w} {n} times.", "Write {w} {n} times.")
     return ask(rng.choice(forms).format(w=word, n=times), " ".join([word] * times))
 
 
 def rearrange(rng: random.Random) -> Dialogue:
     """A short list of words, reversed, or its first or last member."""
-    words = rng.sample(WORDS, rng.randint(2, 5))
+    words = rng.sample(WORDS, rng.randint(2, 4))
     task = rng.choice(("reverse", "first", "last"))
     if task == "reverse":
         forms: tuple[str, ...] = ("Reverse this list: {}", "Reverse the list: {}", "Reverse: {}")
@@ -225,17 +233,17 @@ def unknown(rng: random.Random) -> Dialogue:
 
 
 SKILLS: dict[str, tuple[Callable[[random.Random], Dialogue], float]] = {
-    "count_up": (count_up, 2.0),
-    "count_down": (count_down, 1.5),
-    "steps": (steps, 1.0),
-    "arithmetic": (arithmetic, 4.0),
+    "count_up": (count_up, 3.0),
+    "count_down": (count_down, 2.0),
+    "steps": (steps, 1.5),
+    "arithmetic": (arithmetic, 5.0),
     "parity": (parity, 0.7),
     "larger": (larger, 1.5),
-    "repeat": (repeat, 2.5),
+    "repeat": (repeat, 4.0),
     "repeat_times": (repeat_times, 1.2),
-    "rearrange": (rearrange, 1.8),
+    "rearrange": (rearrange, 2.2),
     "sequences": (sequences, 1.5),
-    "remember": (remember, 1.5),
+    "remember": (remember, 2.0),
     "unknown": (unknown, 0.8),
 }
 

@@ -17,8 +17,13 @@ from training.dialogue import CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS
 
 VOCABULARY = 2048
 CONTEXT = 4096
-# Words and numbers carry their leading space; a number is split into groups of three digits.
-PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# A word carries its leading space. A number does not, so that it is the same token wherever it
+# stands and can be copied: the space goes to the punctuation before it, or stands alone. Numbers
+# are split into groups of three digits.
+PIECES = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+ (?=\p{N})"
+    r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
