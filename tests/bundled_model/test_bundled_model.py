@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-
 from training.decoding import Decoder
 from training.dialogue import Dialogue, Message, ask, dialogue
 from training.questions import MIN_PHRASINGS, Entry, load_entries, normal
