@@ -143,7 +143,7 @@ def _word(rng: random.Random) -> str:
     if draw < 0.85:
         return str(rng.randint(0, 100))
     syllables = (rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
-    return "".join(syllables) + rng.choice(("", *CONSONANTS))
+    return "".join((*syllables, rng.choice(("", *CONSONANTS))))
 
 
 def repeat(rng: random.Random) -> Dialogue:
