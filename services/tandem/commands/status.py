@@ -102,7 +102,7 @@ def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     for worker in cluster.workers:
         table.add_row(*_row(worker))
     nodes = sorted({worker.node for worker in cluster.workers if worker.node})
-    facts = [f"model {cluster.model}", f"membership {cluster.membership_version}"]
+    facts = [f"model {cluster.model}"]
     facts += [f"node {nodes[0]}"] if len(nodes) == 1 else []
     facts += ["blocks used/cached/total"]
     lines: list[RenderableType] = [Text(", ".join(facts)), table]
