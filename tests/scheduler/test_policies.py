@@ -198,8 +198,8 @@ def test_deadline_cuts_chunks_to_the_tightest_inter_token_objective() -> None:
     bench.add("b", 4, output=30, itl_objective=0.0502)
     bench.steps(2)
     bench.add("long", 400)
-    # From one plan to the next token of b: 50 ms, of which 10 ms have passed and 10 are fixed.
-    assert bench.step() == "b1 a1 long60"
+    # b wants its next token within 50 ms, of which 10 are fixed: room for 80 tokens at 0.5 ms.
+    assert bench.steps(2) == ["b1 a1 long80", "b1 a1 long80"]
 
 
 def test_fair_share_does_not_let_a_flood_push_others_aside() -> None:

@@ -163,14 +163,15 @@ class Scheduler:
 
     def _secure_blocks(self, seq: Sequence, draft: Draft) -> bool:
         """Get blocks for all of `seq`'s tokens, preempting the last; False if that was `seq`."""
-        missing = self._num_blocks(seq.num_tokens) - len(seq.block_table)
+        missing = self._num_blocks(len(seq.token_ids)) - len(seq.block_table)
+        if missing <= 0:
+            return True
         while not self.pool.can_allocate(missing):
             victim = max(self.running, key=self.policy.precedence)
             self._preempt(victim, draft)
             if victim is seq:
                 return False
-        if missing > 0:
-            seq.block_table.extend(self.pool.allocate(missing, holder_of(seq)))
+        seq.block_table.extend(self.pool.allocate(missing, holder_of(seq)))
         return True
 
     def _preempt(self, victim: Sequence, draft: Draft) -> None:

@@ -75,6 +75,7 @@ class Report:
     """Seconds for any of `SLO_NAMES`; `itl` bounds a request's longest gap."""
     ttfts: list[float] = field(default_factory=list)
     tpots: list[float] = field(default_factory=list)
+    longest_gaps: list[float] = field(default_factory=list)
     gaps: Histogram = field(default_factory=Histogram)
     exposed: list[float] = field(default_factory=list)
     refusals: Counter[str] = field(default_factory=Counter)
@@ -96,6 +97,7 @@ class Report:
         self.num_good += all(measured[name] <= bound for name, bound in self.slo.items())
         if tpot is not None:
             self.tpots.append(tpot)
+            self.longest_gaps.append(longest_gap)
 
     def exposed_transfer(self, seconds: float) -> None:
         """Count how long a first token was out before its KV had landed."""
@@ -112,6 +114,7 @@ class Report:
             "ttft": percentiles(self.ttfts),
             "itl": {name: self.gaps.percentile(percent) for name, percent in PERCENTILES.items()},
             "tpot": percentiles(self.tpots),
+            "longest_gap": percentiles(self.longest_gaps),
             "slo": dict(self.slo),
             "slo_met": self.num_good / max(self.num_finished + self.refusals.total(), 1),
             "goodput": self.num_good / seconds,

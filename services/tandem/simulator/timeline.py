@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tandem.core.sequence import IterationPlan
 
@@ -72,10 +72,16 @@ class Recorder:
 
 
 def render_svg(
-    recorder: Recorder, workers: list[str], width: int = 900, seconds: float | None = None
+    recorder: Recorder,
+    workers: list[str],
+    width: int = 900,
+    seconds: float | None = None,
+    start: float = 0.0,
 ) -> str:
-    """Return the picture, `width` pixels wide. `seconds` spans the axis (default: everything)."""
-    ends = [box.ended for box in recorder.iterations] + [t.ended for t in recorder.transfers]
+    """Return the picture, `width` pixels wide, of `seconds` (default: all) from `start` on."""
+    iterations = [_moved(box, start) for box in recorder.iterations if box.began >= start]
+    transfers = [_moved(wire, start) for wire in recorder.transfers if wire.began >= start]
+    ends = [box.ended for box in iterations] + [wire.ended for wire in transfers]
     span = seconds or max(ends, default=1.0)
     scale = (width - _LEFT - 8) / span
     tops: dict[str, float] = {name: _TOP + row * (_ROW + _GAP) for row, name in enumerate(workers)}
@@ -85,12 +91,19 @@ def render_svg(
         body.append(f'<text x="4" y="{top + _ROW / 2 + 4}" class="w">{escape(name)}</text>')
         body.append(f'<rect x="{_LEFT}" y="{top}" width="{span * scale:.1f}" height="{_ROW}"'
                     ' class="row"/>')  # fmt: skip
-    body += [_box(box, tops[box.worker], scale) for box in recorder.iterations]
-    body += [_wire(t, tops, scale) for t in recorder.transfers]
+    body += [_box(box, tops[box.worker], scale) for box in iterations]
+    body += [_wire(t, tops, scale) for t in transfers]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}">{_STYLE}{"".join(body)}</svg>\n'
     )
+
+
+Timed = TypeVar("Timed", Iteration, Transfer)
+
+
+def _moved(timed: Timed, start: float) -> Timed:
+    return timed._replace(began=timed.began - start, ended=timed.ended - start)
 
 
 def colour_of(request: str) -> str:

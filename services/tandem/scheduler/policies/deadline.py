@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tandem.core.config import SchedulerConfig
-from tandem.core.sequence import Sequence
+from tandem.core.sequence import IterationPlan, Sequence
 from tandem.scheduler.costs import CostEstimator, Work
 from tandem.scheduler.policies.base import Policy, Task, View, prompt_room
 
@@ -24,6 +24,7 @@ class Deadline(Policy):
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._costs = CostEstimator()
+        self._last_plan = 0.0
 
     def line(self, waiting: Iterable[Sequence], now: float) -> Iterable[Sequence]:
         return sorted(waiting, key=lambda seq: self._urgency(seq, now))
@@ -36,6 +37,10 @@ class Deadline(Policy):
         room = self._room(view, decoding, prompts[0].num_computed if prompts else 0)
         waiting = self.line(view.waiting, view.now)
         yield from prompt_room(view, prompts, waiting, room)
+
+    def planned(self, plan: IterationPlan) -> None:
+        if plan.chunks:
+            self._last_plan = plan.chunks[0].sequence.planned_at
 
     def measured(self, work: Work, seconds: float) -> None:
         self._costs.measured(work, seconds)
@@ -56,7 +61,9 @@ class Deadline(Policy):
         return self._costs.seconds(Work().plus_prompt(seq.num_computed, seq.num_uncomputed))
 
     def _next_token_due(self, seq: Sequence, now: float) -> float:
-        return (seq.planned_at or now) + (seq.request.itl_objective or self._config.itl_objective)
+        """The token of one that was in the last iteration has just come out."""
+        since = seq.planned_at if 0 < seq.planned_at < self._last_plan else now
+        return since + (seq.request.itl_objective or self._config.itl_objective)
 
     def _room(self, view: View, decoding: list[Sequence], start: int) -> int:
         """Prompt tokens that this iteration can take before the first decode step is late."""
