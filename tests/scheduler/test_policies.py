@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from iterations import make_bench
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import ConfigError
 from tandem.scheduler import Policy, Task, View, make_policy, policy_name
-from tandem.scheduler.policies import POLICIES
+from tandem.scheduler.policies import ENTRY_POINT_GROUP, POLICIES
 
 
 def test_static_batching_runs_a_group_to_the_end_of_its_longest_member() -> None:
@@ -283,30 +285,12 @@ def test_wrong_weights_are_refused(weights: str) -> None:
         SchedulerConfig(tenant_weights=weights)
 
 
-PACKAGE = """
-from tandem.scheduler.policies import Policy, Task
-
-
-class LastComeFirst(Policy):
-    def __init__(self, config):
-        self._chunk = config.chunk_size
-
-    def line(self, waiting, now):
-        return reversed(list(waiting))
-
-    def tasks(self, view):
-        for seq in [*view.decoding, *self.line(view.prompts, view.now)]:
-            yield Task(seq, self._chunk)
-        for seq in self.line(view.waiting, view.now):
-            yield Task(seq, self._chunk)
-
-
+PAGE = Path(__file__).parents[2] / "docs/scheduling.md"
+BROKEN = """
 def broken(config):
     return "not a policy"
 """
-ENTRY_POINTS = """
-[tandem.scheduling_policies]
-last_come_first = their_policies:LastComeFirst
+BROKEN_ENTRY_POINTS = """
 broken = their_policies:broken
 missing = their_policies:Nothing
 """
@@ -314,23 +298,30 @@ missing = their_policies:Nothing
 
 @pytest.fixture
 def their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of a user, installed: a module and its metadata on the path."""
-    (tmp_path / "their_policies.py").write_text(PACKAGE)
+    """The worked example of docs/scheduling.md, installed: a module and metadata on the path."""
+    code = re.search(r"```python\n# their_policies.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    entry = re.search(r'\n(last_come_first) = "(.*?)"\n', PAGE.read_text())
+    assert code is not None
+    assert entry is not None
+    assert f'"{ENTRY_POINT_GROUP}"' in PAGE.read_text()
+    (tmp_path / "their_policies.py").write_text(code[1] + BROKEN)
     metadata = tmp_path / "their_policies-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: their-policies\nVersion: 1.0\n"
     )
-    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
+    points = f"[{ENTRY_POINT_GROUP}]\n{entry[1]} = {entry[2]}\n{BROKEN_ENTRY_POINTS}"
+    (metadata / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "their_policies", raising=False)
 
 
 @pytest.mark.usefixtures("their_package")
 def test_a_policy_of_another_package_is_found_by_its_entry_point() -> None:
-    bench = make_bench("last_come_first", max_running=1)
+    bench = make_bench("last_come_first")
     for name in "abc":
-        bench.add(name, 3)
-    assert bench.finish() == ["c3", "b3", "a3"]
+        bench.add(name, 10, output=2)
+    assert bench.finish() == ["c8", "c2", "c1 b8", "b2", "b1 a8", "a2", "a1"]
 
 
 @pytest.mark.usefixtures("their_package")

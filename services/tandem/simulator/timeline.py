@@ -6,6 +6,7 @@ that `render_page` makes it can be zoomed and moved. Titles show on hover.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple, TypeVar
@@ -154,9 +155,8 @@ def _wire(transfer: Transfer, tops: dict[str, float], scale: float) -> str:
 
 
 def _axis(span: float, scale: float, height: int) -> str:
-    step = 10.0 ** (len(str(int(span * 1e3))) - 4)
-    while span / step > 10:
-        step *= 2 if span / step < 20 else 5
+    power = 10.0 ** math.floor(math.log10(span / 10))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 10)
     marks = []
     for index in range(int(span / step) + 1):
         x = _LEFT + index * step * scale
