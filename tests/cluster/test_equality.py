@@ -11,6 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from local_cluster import Connect, MakeConfig, generate, local_cluster
+from tandem.core.request import Request
+from tandem.core.sampling import SamplingParams
+from tandem.gateway.dispatch import Dispatcher
+from tandem.gateway.interfaces import OutputEvent
 from tiny_models import ARCHITECTURES, make_tiny_model
 
 pytestmark = pytest.mark.cluster
@@ -37,6 +41,10 @@ def reference_tokens(model_dir: Path, prompts: list[list[int]], new_tokens: int)
 def random_prompts(seed: int, lengths: list[int], vocab: int = 200) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(3, vocab) for _ in range(length)] for length in lengths]
+
+
+async def all_events(dispatcher: Dispatcher, request: Request) -> list[OutputEvent]:
+    return [event async for event in dispatcher.generate(request)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -76,6 +84,47 @@ async def test_chunks_and_blocks_change_nothing(
         await cluster.assert_all_free()
 
 
+async def test_prompt_logprobs_are_those_of_the_model_however_the_prompt_is_computed(
+    tiny_llama: Path, make_config: MakeConfig, connect: Connect
+) -> None:
+    """In chunks, elsewhere, and after the same prompt has been cached."""
+    (prompt,) = random_prompts(4, [75])
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    expected = [logprobs[i - 1, prompt[i]].item() for i in range(1, len(prompt))]
+    params = SamplingParams(max_tokens=3, temperature=0.0, prompt_logprobs=2, ignore_eos=True)
+    async with local_cluster(make_config()) as cluster, connect(cluster) as dispatcher:
+        await generate(dispatcher, "fills the caches", prompt)
+        request = Request("r", tuple(prompt), len(prompt), params)
+        events = await all_events(dispatcher, request)
+        assert events[0].cached_tokens == 0
+        given = events[0].prompt_logprobs
+        assert given is not None
+        assert given[0] is None
+        chosen = [entry.chosen.logprob for entry in given[1:] if entry is not None]
+        assert chosen == pytest.approx(expected, abs=1e-4)
+        assert await cluster.metric("prefill-0", "tandem_worker_tokens_total") >= 2 * len(prompt)
+        await cluster.assert_all_free()
+
+
+async def test_cached_tokens_count_what_nobody_computed(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    (prompt,) = random_prompts(5, [62])
+    async with local_cluster(make_config(), decode=2) as cluster, connect(cluster) as dispatcher:
+        counts = []
+        for index in range(6):
+            params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+            request = Request(f"r{index}", tuple(prompt), len(prompt), params)
+            counts.append((await all_events(dispatcher, request))[0].cached_tokens)
+        salted = Request("salted", tuple(prompt), len(prompt), params, cache_salt="tenant")
+        counts.append((await all_events(dispatcher, salted))[0].cached_tokens)
+        computed = await cluster.metric("prefill-0", "tandem_worker_tokens_total")
+    assert counts == [0, 60, 60, 60, 60, 60, 0]
+    assert computed < 3 * len(prompt)
+
+
 async def test_sampled_tokens_do_not_depend_on_how_they_were_served(
     make_config: MakeConfig, connect: Connect
 ) -> None:
@@ -96,6 +145,8 @@ async def test_sampled_tokens_do_not_depend_on_how_they_were_served(
             ]
             outputs[name] = await asyncio.gather(*calls)
             await cluster.assert_all_free()
+            preemptions = await cluster.metric("decode-0", "tandem_worker_preemptions_total")
+            assert (preemptions > 0) == (name == "preempted")
             if name == "disaggregated":
                 alone = [
                     await generate(dispatcher, f"a{i}", prompt, seed=1000 + i, **sampling)

@@ -11,12 +11,13 @@ import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import grpc.aio
+import httpx
 
 from tandem.core.config import TandemConfig
 from tandem.core.request import Request
@@ -33,6 +34,8 @@ Connect = Callable[["LocalCluster"], AbstractAsyncContextManager[Dispatcher]]
 """The `connect` fixture."""
 
 _START_SECONDS = 60.0
+_PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker"]
+"""Imported once, in a clean process from which all workers are forked."""
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
@@ -63,8 +66,9 @@ class WorkerProcess:
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
-        """Kill -9, and wait until the process is gone."""
-        self.signal(signal.SIGKILL)
+        """Kill -9, unless it is gone already, and wait until it is."""
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
         self.process.join(10)
 
     def stop(self) -> None:
@@ -110,7 +114,8 @@ class LocalCluster:
 
     async def add(self, *workers: tuple[str, str]) -> None:
         """Start workers given as (role, name) side by side; replaces those of the same name."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         started = []
         for role, name in workers:
             ours, theirs = context.Pipe()
@@ -163,6 +168,14 @@ class LocalCluster:
                 worker_pb2.CheckIntegrityRequest(), timeout=10
             )
             return list(answer.violations)
+
+    async def metric(self, name: str, series: str) -> float:
+        """Return the value of one series of a worker, given as it stands in its exposition."""
+        address = self.workers[name].endpoint.metrics_address
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"http://{address}/metrics")).text
+        values = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(series)]
+        return sum(map(float, values))
 
     async def assert_all_free(self, names: Iterable[str] | None = None) -> None:
         """Every block of the named workers becomes free, and the pools are whole."""

@@ -407,7 +407,7 @@ class HandoverInfo(_message.Message):
     transfer_seconds: _builtins.float
     """sum of time KV was on the wire"""
     exposed_transfer_seconds: _builtins.float
-    """first token sampled -> last KV scattered"""
+    """first token arrived -> last KV scattered"""
     kv_bytes: _builtins.int
     def __init__(
         self,
@@ -712,7 +712,6 @@ class PrefillRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     GRANT_FIELD_NUMBER: _builtins.int
-    PROMPT_LOGPROBS_FROM_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     TTFT_OBJECTIVE_FIELD_NUMBER: _builtins.int
     ITL_OBJECTIVE_FIELD_NUMBER: _builtins.int
@@ -722,8 +721,6 @@ class PrefillRequest(_message.Message):
     prompt_len: _builtins.int
     priority: _builtins.int
     cache_salt: _builtins.str
-    prompt_logprobs_from: _builtins.int
-    """first position whose prompt logprobs are still wanted"""
     tenant: _builtins.str
     ttft_objective: _builtins.float
     """seconds; 0: as configured"""
@@ -751,14 +748,13 @@ class PrefillRequest(_message.Message):
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         grant: Global___Grant | None = ...,
-        prompt_logprobs_from: _builtins.int = ...,
         tenant: _builtins.str = ...,
         ttft_objective: _builtins.float = ...,
         itl_objective: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "grant", b"grant", "itl_objective", b"itl_objective", "leg_id", b"leg_id", "priority", b"priority", "prompt_len", b"prompt_len", "prompt_logprobs_from", b"prompt_logprobs_from", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "ttft_objective", b"ttft_objective"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "grant", b"grant", "itl_objective", b"itl_objective", "leg_id", b"leg_id", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "ttft_objective", b"ttft_objective"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
