@@ -61,12 +61,12 @@ class Draft:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no wish could be granted any more."""
-        return self.tokens_left == 0 and not (self.admits and self._waiting)
+        """Whether no wish could be granted any more, now that no tokens are left."""
+        return not (self.admits and self._waiting)
 
-    def add_chunk(self, seq: Sequence, limit: int) -> None:
-        """Compute the next tokens of a sequence, as many as it lacks, `limit` and budget allow."""
-        length = min(seq.num_uncomputed, limit, self.tokens_left)
+    def add_chunk(self, seq: Sequence, length: int) -> None:
+        """Compute the next `length` tokens of a sequence, or as many as the budget allows."""
+        length = min(length, self.tokens_left)
         self.chunks[seq] = ScheduledChunk(seq, seq.num_computed, length)
         self.tokens_left -= length
 

@@ -127,7 +127,7 @@ class Scheduler:
         for seq, limit in self.policy.tasks(draft):
             if limit >= 1:
                 self._grant(seq, limit, draft)
-            if draft.is_complete:
+            if draft.tokens_left == 0 and draft.is_complete:
                 break
         plan = draft.plan()
         self.policy.planned(plan)
@@ -157,9 +157,9 @@ class Scheduler:
             self._admit(seq, limit, draft)
         elif seq.phase == "running" and seq not in draft.chunks and draft.tokens_left:
             # Blocks of prompts were reserved at admission; 0: a sample is awaited.
-            missing = seq.num_uncomputed
+            missing = len(seq.token_ids) - seq.num_computed
             if missing > 1 or (missing == 1 and self._secure_blocks(seq, draft)):
-                draft.add_chunk(seq, limit)
+                draft.add_chunk(seq, min(limit, missing))
 
     def _secure_blocks(self, seq: Sequence, draft: Draft) -> bool:
         """Get blocks for all of `seq`'s tokens, preempting the last; False if that was `seq`."""
@@ -198,7 +198,7 @@ class Scheduler:
         draft.admitted.append(seq)
         draft.admits = self.num_running < self.config.max_running
         if not seq.remote:
-            draft.add_chunk(seq, limit)
+            draft.add_chunk(seq, min(limit, seq.num_uncomputed))
 
     def _reserve_blocks(self, seq: Sequence) -> bool:
         """Share the cached prefix and allocate the rest and room for one more token, or do nothing.
