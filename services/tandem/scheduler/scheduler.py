@@ -12,13 +12,14 @@ always finish alone, so that preempting the last by `precedence` never ends in a
 from __future__ import annotations
 
 from tandem.core.config import SchedulerConfig
-from tandem.core.errors import InvalidRequestError, OverloadedError
+from tandem.core.errors import OverloadedError
 from tandem.core.request import FinishReason, Request
 from tandem.core.sequence import IterationPlan, Phase, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.hashing import extend_hashes
 from tandem.scheduler.costs import work_of
 from tandem.scheduler.draft import Draft
+from tandem.scheduler.fit import check_admissible, check_fits
 from tandem.scheduler.policies import Policy, make_policy
 from tandem.scheduler.sequence_queue import SequenceQueue
 
@@ -71,16 +72,7 @@ class Scheduler:
 
     def check_fits(self, request: Request) -> None:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
-        self._check_context(len(request.token_ids))
-        most_tokens = min(request.max_len, self.max_model_len)
-        needed = self._num_blocks(most_tokens)
-        if needed > self.pool.num_blocks:
-            raise InvalidRequestError(
-                f"prompt and max_tokens make up to {most_tokens} tokens, which need {needed} KV "
-                f"blocks of {self.pool.block_size} tokens; a worker has {self.pool.num_blocks}",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
+        check_fits(request, self.pool, self.max_model_len)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence, or a preempted one at the place that its `order` keeps for it.
@@ -90,14 +82,7 @@ class Scheduler:
         """
         if seq.phase not in ("waiting", "preempted") or seq in self.waiting:
             raise ValueError(f"{holder_of(seq)} is {seq.phase} and cannot be queued")
-        self._check_context(seq.num_tokens)
-        needed = self._num_blocks(seq.num_tokens + 1)
-        if needed > self.pool.num_blocks:
-            raise InvalidRequestError(
-                f"{seq.num_tokens} tokens and one more need {needed} KV blocks; this worker has "
-                f"{self.pool.num_blocks}",
-                code="context_length_exceeded",
-            )
+        check_admissible(seq.num_tokens, self.pool, self.max_model_len)
         if seq.phase == "waiting" and len(self.waiting) >= self.config.max_waiting:
             raise OverloadedError(f"the queue is full: {len(self.waiting)} requests wait")
         if seq.phase == "waiting":
@@ -290,15 +275,6 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
-
-    def _check_context(self, num_tokens: int) -> None:
-        if num_tokens >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {num_tokens} tokens, which leaves no room in the context of "
-                f"{self.max_model_len} tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
 
     def _extend_hashes(self, seq: Sequence) -> None:
         salt = seq.request.cache_salt
