@@ -63,6 +63,7 @@ def pictures() -> Iterator[tuple[str, str]]:
     for name in POLICIES:
         yield name, _picture(name, num_prefill=0)
     yield "separate_pools", _picture("chunked_prefill", num_prefill=1)
+    yield "fair_share_service", _service_plot()
 
 
 def _picture(policy: str, num_prefill: int) -> str:
@@ -80,6 +81,58 @@ def _picture(policy: str, num_prefill: int) -> str:
     simulate(requests, spec, {}, recorder)
     workers = ["prefill-0"] * num_prefill + ["decode-0"]
     return render_svg(recorder, workers, seconds=SECONDS, start=FROM)
+
+
+def service(policy: str) -> dict[str, list[tuple[float, float]]]:
+    """Return each tenant's service over time: prompt tokens plus twice the output tokens.
+
+    One tenant floods one worker with everything at once; the other always has requests waiting.
+    """
+    trace = [TraceRequest(0.0, 40 + 7 * i % 60, 12, tenant="flood") for i in range(60)]
+    trace += [TraceRequest(0.5, 20 + 11 * i % 50, 8, tenant="quiet") for i in range(24)]
+    config = TandemConfig.model_validate(
+        {"scheduler": {**SCHEDULER, "policy": policy, "max_running": 6}}
+    )
+    recorder = Recorder()
+    simulate(trace, ClusterSpec(MACHINE, config, 0, 1), {}, recorder)
+    served: dict[str, list[tuple[float, float]]] = {"flood": [(0.0, 0.0)], "quiet": [(0.0, 0.0)]}
+    for box in recorder.iterations:
+        for tenant, points in served.items():
+            mine = [p for p in box.parts if trace[int(p.request[1:])].tenant == tenant]
+            tokens = sum(2 if part.length == 1 else part.length for part in mine)
+            points.append((box.ended, points[-1][1] + tokens))
+    return served
+
+
+def _service_plot() -> str:
+    """Two panels: first come, first served, and fair share."""
+    panels, width, height, left = [], 440, 220, 50
+    for index, policy in enumerate(("chunked_prefill", "fair_share")):
+        served = service(policy)
+        seconds = served["flood"][-1][0]
+        most = max(points[-1][1] for points in served.values())
+        x0 = index * width + left
+        panels.append(f'<text x="{x0}" y="18" font-weight="600">{policy}</text>')
+        panels.append(f'<path d="M{x0} 30V{height - 24}H{x0 + width - left - 16}" {_THIN}/>')
+        for (tenant, points), colour in zip(served.items(), ("#4e79a7", "#e15759"), strict=True):
+            steps = " ".join(
+                f"{x0 + time / seconds * (width - left - 16):.1f},"
+                f"{height - 24 - total / most * (height - 54):.1f}"
+                for time, total in points
+            )
+            panels.append(f'<polyline points="{steps}" fill="none" stroke="{colour}" {_THICK}/>')
+            x, y = steps.rpartition(" ")[2].split(",")
+            panels.append(f'<text x="{x}" y="{float(y) - 6:.1f}" {_END} fill="{colour}">'
+                          f"{tenant} {points[-1][1]:.0f}</text>")  # fmt: skip
+        panels.append(f'<text x="{x0 + width - left - 16}" y="{height - 8}" {_END}>'
+                      f"{seconds:.1f} s</text>")  # fmt: skip
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height}" '
+        f'font-family="system-ui,sans-serif" font-size="11">{"".join(panels)}</svg>\n'
+    )
+
+
+_THIN, _THICK, _END = 'fill="none" stroke="#999"', 'stroke-width="2"', 'text-anchor="end"'
 
 
 def table(trace: list[TraceRequest]) -> str:

@@ -30,6 +30,20 @@ def test_pictures_are_fresh(maker: ModuleType) -> None:
     assert drawn == kept, "run docs/make_scheduling.py"
 
 
+def test_the_plot_of_two_tenants_shows_what_the_page_says(maker: ModuleType) -> None:
+    fair, unfair = maker.service("fair_share"), maker.service("chunked_prefill")
+    end = fair["quiet"][-1][1]
+    both_wait = [
+        flood - quiet
+        for (_, flood), (_, quiet) in zip(fair["flood"], fair["quiet"], strict=True)
+        if 0 < quiet < end
+    ]
+    assert max(both_wait) - min(both_wait) <= 2 * 100  # twice the longest prompt
+    flooded = max(total for _, total in unfair["flood"])
+    begun = next(i for i, (_, total) in enumerate(unfair["quiet"]) if total > 0)
+    assert unfair["flood"][begun][1] > 0.9 * flooded, "first come, first served: quiet waits"
+
+
 def test_the_page_shows_every_policy_and_names_only_settings_that_exist() -> None:
     page = (DOCS / "scheduling.md").read_text()
     rows = page.partition("<!-- table -->")[2]
