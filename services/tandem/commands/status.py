@@ -105,8 +105,10 @@ def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     nodes = sorted({worker.node for worker in cluster.workers if worker.node})
     facts = [f"model {cluster.model}"]
     facts += [f"node {nodes[0]}"] if len(nodes) == 1 else []
-    policies = sorted({f"{role_name(w)} {w.policy}" for w in cluster.workers if w.policy})
-    facts += [f"policy {', '.join(policies)}"] if policies else []
+    policies = {worker.policy for worker in cluster.workers if worker.policy}
+    if len(policies) > 1:
+        policies = {f"{role_name(w)} {w.policy}" for w in cluster.workers if w.policy}
+    facts += [f"policy {', '.join(sorted(policies))}"] if policies else []
     facts += ["blocks used/cached/total"]
     lines: list[RenderableType] = [Text(", ".join(facts)), table]
     lines += [_note(worker, many_nodes=len(nodes) > 1) for worker in cluster.workers]
