@@ -10,7 +10,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from local_cluster import Connect, MakeConfig, generate, local_cluster, until_ready
+from local_cluster import Connect, LocalCluster, MakeConfig, generate, local_cluster, until_ready
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.gateway.dispatch import Dispatcher
@@ -82,6 +82,41 @@ async def test_a_worker_lost_at_any_moment_changes_no_output(
             await cluster.publish()
             await until_ready(dispatcher)
         assert dispatcher.in_flight == 0
+
+
+async def test_what_a_dead_prefill_worker_delivered_is_not_computed_again(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    """Its successor fetches the kept KV from the decode worker and computes only the rest."""
+    (prompt,) = [random.Random(12).choices(range(3, 200), k=1000)]
+    config = make_config(scheduler={"chunk_size": 4}, **NO_PREFIXES)
+    async with (
+        local_cluster(config, prefill=2, decode=1) as cluster,
+        connect(cluster) as dispatcher,
+    ):
+        expected = await generate(dispatcher, "undisturbed", prompt)
+        before = {name: await computed_tokens(cluster, name) for name in cluster.workers}
+        delivered = await cluster.metric("decode-0", "tandem_worker_kv_bytes_total")
+        running = asyncio.create_task(generate(dispatcher, "killed", prompt))
+        async with asyncio.timeout(20):
+            enough = delivered * 1.2
+            while await cluster.metric("decode-0", "tandem_worker_kv_bytes_total") < enough:
+                pass
+        victim, heir = [name for name in cluster.workers if name.startswith("prefill")]
+        if await computed_tokens(cluster, victim) == before[victim]:
+            victim, heir = heir, victim
+        cluster.workers[victim].kill()
+        assert await asyncio.wait_for(running, 60) == expected
+        kept = await cluster.metric("decode-0", "tandem_worker_kept_tokens_total")
+        computed = await computed_tokens(cluster, heir) - before[heir]
+        assert kept > 0
+        # One more if the first token had come before the victim died: its KV is then missing too.
+        assert computed - (len(prompt) - kept) in (0, 1)
+        await cluster.assert_all_free(["decode-0", heir])
+
+
+async def computed_tokens(cluster: LocalCluster, name: str) -> float:
+    return await cluster.metric(name, 'tandem_worker_tokens_total{kind="prefill"')
 
 
 async def test_the_only_prefill_worker_dies_and_decode_goes_on_alone(

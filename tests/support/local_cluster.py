@@ -34,6 +34,8 @@ Connect = Callable[["LocalCluster"], AbstractAsyncContextManager[Dispatcher]]
 """The `connect` fixture."""
 
 _START_SECONDS = 60.0
+_PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker"]
+"""Imported once, in a clean process from which all workers are forked."""
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
@@ -111,7 +113,8 @@ class LocalCluster:
 
     async def add(self, *workers: tuple[str, str]) -> None:
         """Start workers given as (role, name) side by side; replaces those of the same name."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         started = []
         for role, name in workers:
             ours, theirs = context.Pipe()

@@ -174,6 +174,8 @@ def _quiet_ray() -> None:
     """No usage reports, no advice about tokens and accelerators."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray runs its workers at nice 15: anything else on the machine would starve the model.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 

@@ -143,6 +143,7 @@ class Handoff:
         leg.landing.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
         leg.transfer_seconds += piece.seconds
         leg.kv_bytes += piece.num_bytes
+        self._runtime.metrics.kv_bytes.inc(piece.num_bytes)
         leg.last_piece_at = time.monotonic()
         self._note_landed(active, leg)
         self._complete(active, leg)
@@ -258,7 +259,6 @@ class Handoff:
         exposed = max(0.0, leg.last_piece_at - leg.first_token_at)
         runtime.metrics.observe_stage("transfer", leg.transfer_seconds)
         runtime.metrics.observe_stage("transfer_exposed", exposed)
-        runtime.metrics.kv_bytes.inc(leg.kv_bytes)
         active.handover = worker_pb2.HandoverInfo(
             transfer_seconds=leg.transfer_seconds,
             exposed_transfer_seconds=exposed,
@@ -274,6 +274,7 @@ class Handoff:
         if leg.phase != "asked" and active.sequence.phase == "waiting":
             self._runtime.scheduler.withdraw(active.sequence)
         self._runtime.metrics.count_recovery("prefill_lost")
+        self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)
         log.warning(
             "prefill leg lost", worker=self._runtime.name, request=active.request.request_id,
             peer=leg.peer.name, reason=reason, kept_tokens=active.sequence.num_computed,

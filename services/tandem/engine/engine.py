@@ -186,12 +186,13 @@ class Engine:
 
     def _group_caller(self, on_layers: OnLayers) -> Callable[[int], None]:
         """Turn "this layer is written" into one call per group of layers."""
-
         last_layers = {first + count - 1: (first, count) for first, count in self.layer_groups}
 
         def on_written(layer: int) -> None:
             if layer in last_layers:
-                on_layers(LayerGroup(*last_layers[layer], self.record_event()))
+                ready = self.record_event()
+                with torch.inference_mode(False):  # what the caller makes, others may write to
+                    on_layers(LayerGroup(*last_layers[layer], ready))
 
         return on_written
 

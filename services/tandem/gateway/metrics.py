@@ -64,9 +64,7 @@ class GatewayMetrics:
         self._cached_tokens = self._counter(
             "cached_prompt_tokens", "Prompt tokens that no worker had to compute."
         )
-        self._kv_bytes = self._counter(
-            "kv_transfer_bytes", "KV bytes from prefill workers."
-        )
+        self._kv_bytes = self._counter("kv_transfer_bytes", "KV bytes from prefill workers.")
         self._recoveries = self._counter(
             "recoveries", "Requests moved to another worker, by cause.", "cause"
         )

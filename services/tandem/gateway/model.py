@@ -136,7 +136,7 @@ class ModelLoader:
             self._loaded = await asyncio.to_thread(load_served_model, info)
         except (TandemError, OSError) as error:
             self._failed = (info, str(error))
-            _log.error("model_not_usable", model=info.name, path=info.path, error=str(error))
+            _log.error("model not usable", model=info.name, path=info.path, error=str(error))
         else:
             self._failed = None
-            _log.info("model_known", model=info.name, path=info.path)
+            _log.info("model known", model=info.name, path=info.path)

@@ -75,7 +75,7 @@ class GatewayServer:
         if self._http_task.done():
             self._http_task.result()
         _log.info(
-            "gateway_started", host=self._config.host, port=self.port, grpc_port=self.grpc_port
+            "gateway started", host=self._config.host, port=self.port, grpc_port=self.grpc_port
         )
 
     def ask_to_stop(self) -> None:
@@ -95,12 +95,12 @@ class GatewayServer:
         """Stop accepting, let streams finish for `grace_seconds`, then cut them. Idempotent."""
         if self._http is None or self._grpc is None or self._http_task is None:
             return
-        _log.info("gateway_stopping", grace_seconds=self._grace)
+        _log.info("gateway stopping", grace_seconds=self._grace)
         self._http.should_exit = True
         await asyncio.gather(self._http_task, self._grpc.stop(self._grace))
         await self.service.close()
         self._http = None
-        _log.info("gateway_stopped")
+        _log.info("gateway stopped")
 
     async def run_async(self) -> None:
         """Serve until SIGTERM or SIGINT. A second signal cuts the streams at once."""

@@ -60,7 +60,7 @@ class GuardedEvents:
         try:
             callback(*arguments)
         except Exception:
-            self._log.exception("transfer_callback_failed", callback=callback.__name__)
+            self._log.exception("transfer callback failed", callback=callback.__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class LinkContext:
         try:
             self.send(message, epoch, to_opener=to_opener)
         except Exception as error:
-            self.log.warning("peer_unreachable", reason=str(error))
+            self.log.warning("peer unreachable", reason=str(error))
 
     @classmethod
     def make(

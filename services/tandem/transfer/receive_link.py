@@ -155,7 +155,7 @@ class ReceiveLink:
                 self._receive(message.epoch, message.announce)
             case "closed":
                 self._drop_group()
-                self._context.log.info("link_closed", epoch=message.epoch, direction="receive")
+                self._context.log.info("link closed", epoch=message.epoch, direction="receive")
             case kind:
                 raise LinkError(f"a link's opener does not send {kind!r}")
 
@@ -175,7 +175,7 @@ class ReceiveLink:
                 raise LinkError("superseded while it was being opened")
             self._last_sequence_number = 0
         group.recv(self._buffer.probe(), context.config.connect_timeout)
-        context.log.info("link_opened", epoch=epoch, direction="receive")
+        context.log.info("link opened", epoch=epoch, direction="receive")
 
     def _is_current(self, epoch: int) -> bool:
         return epoch == self._epoch and not self._broken and not self._stopped
@@ -183,7 +183,7 @@ class ReceiveLink:
     def _refuse(self, epoch: int, reason: str) -> None:
         with self._changed:
             failed = self._ledger.expected_legs
-        self._context.log.error("peer_refused", epoch=epoch, reason=reason)
+        self._context.log.error("peer refused", epoch=epoch, reason=reason)
         self._control(epoch, messages.opened(reason))
         self._context.events.link_failed(failed, reason)
 
@@ -221,7 +221,7 @@ class ReceiveLink:
             reason = f"KV could not be scattered: {error}"
             if isinstance(error, RejectedPieceError):
                 reason = str(error)
-            self._context.log.error("piece_failed", legs=[piece.leg_id], reason=reason)
+            self._context.log.error("piece failed", legs=[piece.leg_id], reason=reason)
             self._context.events.link_failed([piece.leg_id], reason)
         finally:
             self._update(lambda: self._ledger.end(landed=landed))
@@ -238,7 +238,7 @@ class ReceiveLink:
         if not current:
             return
         reason = str(error) or type(error).__name__
-        self._context.log.warning("link_broken", epoch=epoch, reason=reason, direction="receive")
+        self._context.log.warning("link broken", epoch=epoch, reason=reason, direction="receive")
         self._context.report_broken(messages.broken(reason), epoch, to_opener=True)
 
     def _drop_group(self) -> None:

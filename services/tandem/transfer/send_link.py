@@ -166,11 +166,11 @@ class SendLink:
             raise _LinkStoppedError
         try:
             group = self._open()
-            context.log.info("link_opened", epoch=self._epoch, direction="send")
+            context.log.info("link opened", epoch=self._epoch, direction="send")
             while outgoing := self._next_piece():
                 self._send_piece(outgoing, group)
             self._control(messages.closed())
-            context.log.info("link_evicted", epoch=self._epoch)
+            context.log.info("link evicted", epoch=self._epoch)
         finally:
             with self._changed:
                 opened, self._group = self._group, None
@@ -254,7 +254,7 @@ class SendLink:
         reason = f"KV could not be packed: {error}"
         with self._changed:
             failed = self._ledger.abandon(reason)
-        self._context.log.error("piece_failed", legs=failed, reason=reason)
+        self._context.log.error("piece failed", legs=failed, reason=reason)
         self._context.events.link_failed(failed, reason)
         self._update(lambda: None)
 
@@ -267,7 +267,7 @@ class SendLink:
             self._retries += 1
             retries = self._retries
         context = self._context
-        context.log.warning("link_broken", epoch=self._epoch, reason=reason, retries=retries)
+        context.log.warning("link broken", epoch=self._epoch, reason=reason, retries=retries)
         context.report_broken(messages.broken(reason), self._epoch)
         if retries > context.config.max_retries:
             self._fail(f"the link to {context.peer_name} broke {retries} times in a row: {reason}")
@@ -282,7 +282,7 @@ class SendLink:
         with self._changed:
             self._retries = 0
             failed = self._ledger.fail(reason)
-        self._context.log.error("link_failed", legs=failed, reason=reason)
+        self._context.log.error("link failed", legs=failed, reason=reason)
         self._context.events.link_failed(failed, reason)
         self._update(lambda: None)
 

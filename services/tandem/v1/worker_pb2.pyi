@@ -396,7 +396,7 @@ class HandoverInfo(_message.Message):
     transfer_seconds: _builtins.float
     """sum of time KV was on the wire"""
     exposed_transfer_seconds: _builtins.float
-    """first token sampled -> last KV scattered"""
+    """first token arrived -> last KV scattered"""
     kv_bytes: _builtins.int
     def __init__(
         self,

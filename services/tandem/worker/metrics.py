@@ -54,6 +54,9 @@ class WorkerMetrics:
             "tandem_worker_prefix_query_tokens_total",
             "Prompt tokens looked up in the prefix cache.",
         )
+        self.kept_tokens = self._counter(
+            "tandem_worker_kept_tokens_total", "Tokens whose KV outlived their prefill worker."
+        )
         self.kv_bytes = self._counter("tandem_worker_kv_bytes_total", "KV bytes received.")
         self.running = self._gauge("tandem_worker_running_requests", "Sequences that hold blocks.")
         self.waiting = self._gauge("tandem_worker_waiting_requests", "Sequences in the queue.")

@@ -95,7 +95,7 @@ class Dispatcher:
     def stream_ready(self, stream: DecodeStream) -> None:
         """A worker takes requests (again)."""
         member = stream.member
-        log.info("decode_stream.ready", worker=member.name, incarnation=member.incarnation)
+        log.info("decode stream ready", worker=member.name, incarnation=member.incarnation)
         self._routing.refresh()
         self._traffic.capacity_changed()
 
@@ -114,14 +114,14 @@ class Dispatcher:
 
     def stream_stale(self, stream: DecodeStream, incarnation: int) -> None:
         """A message of another incarnation was refused."""
-        log.warning("decode_stream.stale", worker=stream.member.name, incarnation=incarnation)
+        log.warning("decode stream stale", worker=stream.member.name, incarnation=incarnation)
         self._observer.stale_refused("incarnation")
 
     def stream_closed(self, stream: DecodeStream, cause: LossCause, detail: str) -> None:
         """Move what the worker had."""
         if stream.was_ready:
             log.warning(
-                "decode_stream.closed", worker=stream.member.name, cause=cause, detail=detail
+                "decode stream closed", worker=stream.member.name, cause=cause, detail=detail
             )
         self._routing.refresh()
         self._traffic.lost(stream, cause, detail)

@@ -115,7 +115,7 @@ class Routing:
         known = self.membership.prefill.get(failed_worker)
         if known is not None and known == flight.prefill:
             self._suspects.add(known, _now())
-            log.warning("prefill.suspected", worker=failed_worker, incarnation=known.incarnation)
+            log.warning("prefill suspected", worker=failed_worker, incarnation=known.incarnation)
         if self._router is None:
             return None
         name = self._router.reassign_prefill(flight.wire_id, exclude=self._suspects.current(_now()))

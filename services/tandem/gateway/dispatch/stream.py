@@ -95,7 +95,7 @@ class DecodeStream:
             if not self._closed or (task is not None and task.cancelling()):
                 raise  # this task was cancelled, not the call by `close`
         except Exception as error:  # a bug in handling one message moves requests, it loses none
-            log.exception("decode_stream.handler_failed", worker=self.member.name)
+            log.exception("decode stream handler failed", worker=self.member.name)
             cause = f"{type(error).__name__}: {error}"
         finally:
             self.close("decode_lost", cause)

@@ -96,7 +96,7 @@ class Traffic:
         if message.failed_worker:
             self._observer.recovered("prefill_reassigned")
         log.warning(
-            "request.prefill_reassigned",
+            "request prefill reassigned",
             **_names(flight),
             failed=message.failed_worker,
             reason=message.reason,
@@ -122,7 +122,7 @@ class Traffic:
         if not elsewhere and isinstance(error, OverloadedError) and not flight.emitted:
             self._fail(flight, error)
             return
-        log.warning("request.rejected", **_names(flight), detail=error.message)
+        log.warning("request rejected", **_names(flight), detail=error.message)
         self._recover(flight, "rejected", error, elsewhere_only=True)
 
     def lost(self, stream: DecodeStream, cause: str, detail: str) -> None:
@@ -166,7 +166,7 @@ class Traffic:
                 self._end(flight)
 
     def _abandon_attempt(self, flight: Flight, cause: str, error: TandemError) -> None:
-        log.warning("request.bad_output", **_names(flight), cause=cause, detail=error.message)
+        log.warning("request bad output", **_names(flight), cause=cause, detail=error.message)
         self._send_cancel(flight)
         self._recover(flight, cause, error)
 
@@ -189,7 +189,7 @@ class Traffic:
             if not self._try_dispatch(flight, elsewhere_only=elsewhere_only):
                 backoff = REJECTION_BACKOFF_SECONDS * 2.0 ** min(flight.dispatches - 1, 5)
                 self._parking.add(flight, backoff if elsewhere_only else 0.0)
-                log.warning("request.parked", **_names(flight), cause=cause)
+                log.warning("request parked", **_names(flight), cause=cause)
 
     def _try_dispatch(self, flight: Flight, *, elsewhere_only: bool = False) -> bool:
         try:
@@ -211,7 +211,7 @@ class Traffic:
         route.stream.send(worker_pb2.GatewayMessage(submit=submit))
         if cause is not None:
             self._observer.recovered(cause)
-            log.info("request.moved", **_names(flight), cause=cause, emitted=len(flight.emitted))
+            log.info("request moved", **_names(flight), cause=cause, emitted=len(flight.emitted))
 
     def _retry_parked(self) -> None:
         for flight in self._parking.due():
@@ -224,7 +224,7 @@ class Traffic:
         self._fail(flight, UnavailableError(f"no decode worker came back within {waited:g} s"))
 
     def _fail(self, flight: Flight, error: TandemError) -> None:
-        log.warning("request.failed", **_names(flight), error=error.message)
+        log.warning("request failed", **_names(flight), error=error.message)
         flight.fail(error)
         self._end(flight)
 

@@ -90,7 +90,7 @@ class ClusterView:
             except grpc.aio.AioRpcError as error:
                 self._lost(f"{error.code().name}: {error.details()}")
             except Exception as error:  # a bug in taking one message must not end the watch
-                log.exception("cluster.watch_failed", controller=self._address)
+                log.exception("cluster watch failed", controller=self._address)
                 self._lost(f"{type(error).__name__}: {error}")
             await asyncio.sleep(self._backoff.next())
 
@@ -114,11 +114,11 @@ class ClusterView:
     def _publish(self, message: cluster_pb2.Membership) -> None:
         self._backoff.reset()
         if not self._connected:
-            log.info("cluster.watched", controller=self._address, version=message.version)
+            log.info("cluster watched", controller=self._address, version=message.version)
         self._connected = True
         self._on_change(membership_from_proto(message))
 
     def _lost(self, detail: str) -> None:
         if self._connected is not False:
-            log.warning("cluster.watch_lost", controller=self._address, detail=detail)
+            log.warning("cluster watch lost", controller=self._address, detail=detail)
         self._connected = False

@@ -80,7 +80,7 @@ class CallRunner:
         if isinstance(error, TimeoutError):
             error = DeadlineExceededError("the deadline of the call has passed")
         if not isinstance(error, TandemError):
-            _log.error("call_failed", method=name, exc_info=error)
+            _log.error("call failed", method=name, exc_info=error)
             self._done(name, "error")
             await context.abort(grpc.StatusCode.INTERNAL, "internal error")
         self._done(name, outcome_of_status(error.http_status))

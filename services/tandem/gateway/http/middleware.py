@@ -55,7 +55,7 @@ class RequestMiddleware:
             info.outcome = "cancelled"
             raise
         except Exception:
-            _log.exception("request_failed", request_id=info.request_id, path=scope["path"])
+            _log.exception("request failed", request_id=info.request_id, path=scope["path"])
             info.outcome = "error"
             if status:
                 raise  # the answer has begun: the server closes the connection

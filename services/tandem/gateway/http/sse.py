@@ -90,7 +90,7 @@ class _EventStream(Response):
             self._info.outcome = outcome_of_status(error.http_status)
             await send({**body, "body": sse_event(error_object(error))})
         except Exception:
-            _log.exception("stream_failed", request_id=self._info.request_id)
+            _log.exception("stream failed", request_id=self._info.request_id)
             self._info.outcome = "error"
             await send({**body, "body": sse_event(internal_error_object())})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
