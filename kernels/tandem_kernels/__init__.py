@@ -15,6 +15,8 @@ from tandem_kernels.dispatched import (
     kv_write,
     paged_attention,
     rms_norm,
+    rotary_kv_write,
+    sample_tokens,
     silu_mul,
     truncate_logits,
 )
@@ -37,7 +39,9 @@ __all__ = [
     "kv_write",
     "paged_attention",
     "rms_norm",
+    "rotary_kv_write",
     "rotary_tables",
+    "sample_tokens",
     "silu_mul",
     "top_logprobs",
     "truncate_logits",

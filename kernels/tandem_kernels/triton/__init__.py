@@ -6,6 +6,8 @@ that the reference writes as several calls. Importing this package needs the `tr
 are tested where there is no GPU. Tensors must lie on the current CUDA device.
 """
 
+import triton
+
 from tandem_kernels.triton.gumbel import gumbel_noise, uniform_bits
 from tandem_kernels.triton.kv_pack import kv_pack, kv_unpack, kv_write
 from tandem_kernels.triton.paged_attention import AttentionPlan, paged_attention
@@ -14,10 +16,34 @@ from tandem_kernels.triton.rotary import apply_rotary, rotary_kv_write
 from tandem_kernels.triton.sampling import sample_tokens, truncate_logits
 from tandem_kernels.triton.silu_mul import silu_mul
 
+REPLACES = (
+    "rms_norm",
+    "add_rms_norm",
+    "apply_rotary",
+    "kv_write",
+    "rotary_kv_write",
+    "paged_attention",
+    "silu_mul",
+    "kv_pack",
+    "kv_unpack",
+    "gumbel_noise",
+    "truncate_logits",
+    "sample_tokens",
+)
+"""The operations of `tandem_kernels.implementation.Operations` that are done here."""
+
+
+def describe() -> str:
+    """What runs, for people to read."""
+    return f"Triton {triton.__version__}"
+
+
 __all__ = [
+    "REPLACES",
     "AttentionPlan",
     "add_rms_norm",
     "apply_rotary",
+    "describe",
     "gumbel_noise",
     "kv_pack",
     "kv_unpack",

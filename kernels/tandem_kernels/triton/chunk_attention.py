@@ -10,12 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tandem_kernels.triton.machine import interpreted
+
 _LOG2_E = 1.4426950408889634
 
 
-def queries_per_tile(longest: int, device: torch.device) -> int:
-    """The tile's height for chunks of at most `longest` queries: a power of two from 16 on."""
-    return max(16, min(128 if device.type == "cuda" else 32, triton.next_power_of_2(longest)))
+def queries_per_tile(longest: int, query: Tensor) -> int:
+    """The tile's height for chunks of at most `longest` queries: a power of two from 16 on.
+
+    float32 products do not run on the matrix units and need more registers, hence less of them.
+    """
+    most = 32 if interpreted(query.device) or query.element_size() > 2 else 128
+    return max(16, min(most, triton.next_power_of_2(longest)))
 
 
 def chunk_attention(
@@ -66,7 +72,7 @@ def chunk_attention(
 
 def _keys_per_tile(block_dim: int, query: Tensor) -> int:
     """Keys per step: 64 of 128 half-precision elements, fewer of larger ones."""
-    if query.device.type != "cuda":
+    if interpreted(query.device):
         return 32
     return max(16, min(64, 64 * 128 * 2 // (block_dim * query.element_size())))
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tandem_kernels.triton.machine import interpreted, num_processors
+
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 32
 _MIN_SPLIT_TOKENS = 256
@@ -20,11 +22,8 @@ _PROGRAMS_PER_PROCESSOR = 4
 
 def num_splits(rows: int, kv_heads: int, longest: int, device: torch.device) -> int:
     """Into how many parts contexts are cut: enough to fill the device, none needlessly short."""
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        wanted, shortest = _PROGRAMS_PER_PROCESSOR * processors, _MIN_SPLIT_TOKENS
-    else:
-        wanted, shortest = 16, 64
+    wanted = _PROGRAMS_PER_PROCESSOR * num_processors(device)
+    shortest = 64 if interpreted(device) else _MIN_SPLIT_TOKENS
     return max(1, min(_MAX_SPLITS, wanted // (rows * kv_heads), triton.cdiv(longest, shortest)))
 
 
@@ -100,7 +99,7 @@ def decode_attention(
 
 def _tile(block_dim: int, query: Tensor) -> int:
     """Keys per step: what three pipeline stages of keys and values leave room for."""
-    if query.device.type != "cuda":
+    if interpreted(query.device):
         return 32
     return max(16, min(64, 64 * 128 * 2 // (block_dim * query.element_size())))
 

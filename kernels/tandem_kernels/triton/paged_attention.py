@@ -42,10 +42,10 @@ class AttentionPlan:
     tile_size: int
 
     @classmethod
-    def of(cls, batch: RaggedBatch) -> AttentionPlan:
+    def of(cls, batch: RaggedBatch, query: Tensor) -> AttentionPlan:
         """The batch's plan, made at the first call."""
         if _KEY not in batch.derived:
-            batch.derived[_KEY] = cls._make(batch)
+            batch.derived[_KEY] = cls._make(batch, query)
         return cast(AttentionPlan, batch.derived[_KEY])
 
     def attach(self, batch: RaggedBatch) -> None:
@@ -53,12 +53,12 @@ class AttentionPlan:
         batch.derived[_KEY] = self
 
     @classmethod
-    def _make(cls, batch: RaggedBatch) -> AttentionPlan:
+    def _make(cls, batch: RaggedBatch, query: Tensor) -> AttentionPlan:
         starts, contexts = batch.query_starts, batch.context_lens
         lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
         decodes = [index for index, length in enumerate(lens) if length == 1]
         device = batch.block_tables.device
-        size = queries_per_tile(max((n for n in lens if n > 1), default=0), device)
+        size = queries_per_tile(max((n for n in lens if n > 1), default=0), query)
         tiles = [
             (index, offset)
             for index, length in enumerate(lens)
@@ -104,7 +104,7 @@ def paged_attention(
     query: [tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], heads a
     multiple of kv_heads. With a window, the token at position p sees positions p - window + 1 to p.
     """
-    plan = AttentionPlan.of(batch)
+    plan = AttentionPlan.of(batch, query)
     query = query if query.stride(-1) == 1 else query.contiguous()
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if len(plan.decode_sequences):

@@ -22,8 +22,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_kv_write(
-    query: Tensor,
-    key: Tensor,
+    heads: Tensor,
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -31,14 +30,16 @@ def rotary_kv_write(
     value_cache: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """Return the rotated query; write the rotated key and the value at `slots` in place.
+    """Return the rotated queries; write the rotated keys and the values at `slots` in place.
 
-    query: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim], all with contiguous
-    heads but any other strides; caches: [num_blocks, block_size, kv_heads, head_dim], contiguous;
-    slots: int64 [tokens].
+    heads: [tokens, heads + kv_heads, head_dim], queries then keys; value: [tokens, kv_heads,
+    head_dim], both with contiguous heads and any other strides; caches: [num_blocks, block_size,
+    kv_heads, head_dim], contiguous; slots: int64 [tokens].
     """
+    heads, value = _with_contiguous_heads(heads), _with_contiguous_heads(value)
+    num_heads = heads.shape[1] - value.shape[1]
+    query, key = heads[:, :num_heads], heads[:, num_heads:]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    query, key, value = map(_with_contiguous_heads, (query, key, value))
     _launch(query, key, value, cos, sin, key_cache, value_cache, slots, out)
     return out
 
@@ -130,7 +131,8 @@ def _rotary_kernel(
     if KV_HEADS > 0:
         slot = tl.load(slots + token)
         kv_head = head[:, None] - HEADS
-        is_key = (kv_head >= 0) & (kv_head < KV_HEADS) & inside & (slot >= 0)
+        kv_end = tl.where(slot >= 0, KV_HEADS, 0)
+        is_key = (kv_head >= 0) & (kv_head < kv_end) & inside
         source = key + token * key_row + kv_head * key_head + columns
         first = tl.load(source, mask=is_key, other=0.0).to(tl.float32)
         second = tl.load(source + HALF, mask=is_key, other=0.0).to(tl.float32)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
 from tandem.engine.logprobs import position_logprobs
 from tandem.engine.token_counts import TokenCountsCache
-from tandem_kernels import apply_penalties, gumbel_noise, truncate_logits
+from tandem_kernels import apply_penalties, sample_tokens
 
 _MIN_TEMPERATURE = 1e-6
 """Below it a draw equals the greedy choice; dividing by less would overflow."""
@@ -116,26 +117,21 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
 
-    # Only differences matter; taken from the maximum, no division can overflow.
-    scaled = logits - logits.amax(1, keepdim=True)
     temperatures = (max(sampling.temperature, _MIN_TEMPERATURE) for sampling in params)
-    scaled /= column(temperatures, torch.float32)[:, None]
-    seeds = column((_as_int64(sampling.seed) for sampling in params), torch.int64)
-    positions = column((seq.num_tokens for seq in sequences), torch.int64)
+    draw = partial(
+        sample_tokens,
+        logits,
+        column(temperatures, torch.float32),
+        column((_as_int64(sampling.seed) for sampling in params), torch.int64),
+        column((seq.num_tokens for seq in sequences), torch.int64),
+    )
     if not any(map(_truncates, params)):
-        vocab = torch.arange(logits.shape[1], device=device)
-        return scaled.add_(gumbel_noise(seeds, positions, vocab)).argmax(1)
-    truncate_logits(
-        scaled,
+        return draw()
+    return draw(
         column((sampling.top_k for sampling in params), torch.int64),
         column((sampling.top_p for sampling in params), torch.float64),
         column((sampling.min_p for sampling in params), torch.float32),
     )
-    # Few tokens are left as a rule: only those get noise.
-    rows, token_ids = torch.isfinite(scaled).nonzero(as_tuple=True)
-    noise = gumbel_noise(seeds[rows], positions[rows], token_ids[:, None])
-    scaled[rows, token_ids] += noise[:, 0]
-    return scaled.argmax(1)
 
 
 def _with_logprobs(
