@@ -78,7 +78,9 @@ def reference_is_forced() -> bool:
     variable says something else."""
     value = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if value not in ("", "reference", "triton"):
-        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {value!r}; allowed: reference, triton, or unset")
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE} is {value!r}; allowed: reference, triton, or unset"
+        )
     return value == "reference"
 
 

@@ -179,9 +179,7 @@ def _see_tile(
         key_mask = inside[:, None]
         value_mask = inside[None, :]
     line = (block * BLOCK_SIZE + key_position % BLOCK_SIZE) * KV_HEADS + kv_head
-    k = tl.load(
-        key_cache + line[None, :] * HEAD_DIM + columns[:, None], mask=key_mask, other=0.0
-    )
+    k = tl.load(key_cache + line[None, :] * HEAD_DIM + columns[:, None], mask=key_mask, other=0.0)
     scores = tl.dot(q, k, input_precision="ieee") * scale
     if MASKED:
         visible = key_position[None, :] <= position[:, None]

@@ -7,9 +7,10 @@ with the plan; sequences are read, never changed. Used by one thread, the engine
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 import torch
@@ -25,9 +26,12 @@ from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
-from tandem.engine.weights import Checkpoint, Progress
+from tandem.engine.weights import Checkpoint, Progress, WeightSource
 from tandem.kvcache.storage import KVStorage, bytes_per_token
-from tandem_kernels import RaggedBatch
+from tandem_kernels import RaggedBatch, implementation
+
+if TYPE_CHECKING:
+    from tandem.engine.decode_graphs import DecodeGraphs
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +39,8 @@ _GROUPS_PER_ITERATION = 4
 _LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once."""
 _WARM_UP_TOKENS = 32
+DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Batch sizes that decode graphs are captured for; a batch is padded up to the next."""
 
 
 class LayerGroup(NamedTuple):
@@ -79,8 +85,10 @@ class Engine:
         device: str = "cpu",
         layers_per_group: int = 0,
         progress: Progress | None = None,
+        weights: WeightSource | None = None,
     ) -> None:
-        """Load the weights. `layers_per_group` 0 makes four groups of layers.
+        """Load the weights, from the model directory's files if no other source is given.
+        `layers_per_group` 0 makes four groups of layers.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -89,7 +97,7 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        with Checkpoint(model_dir, progress) as checkpoint:
+        with weights or Checkpoint(model_dir, progress) as checkpoint:
             loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
             self._decoder = Decoder.load(loader, self.spec.decoder)
         self.num_blocks = _num_blocks(cache, self.spec)
@@ -103,17 +111,20 @@ class Engine:
             device=self.device,
         )
         self._sampler = Sampler(self.spec.eos_token_ids)
+        self._graphs: DecodeGraphs | None = None
         log.info(
             "model loaded",
             model=self.spec.name,
             architecture=self.spec.architecture,
             dtype=self.spec.dtype,
             device=str(self.device),
+            operations=implementation(self.device),
             num_blocks=self.num_blocks,
         )
 
     def warm_up(self) -> None:
-        """Run a prompt and a decode step through everything once. No block may be in use yet."""
+        """Run a prompt and a decode step through everything once, and on CUDA capture the graphs of
+        decode iterations. No block may be in use yet."""
         length = (
             min(_WARM_UP_TOKENS, self.num_blocks * self.storage.block_size, self.spec.max_model_len)
             - 1
@@ -129,9 +140,24 @@ class Engine:
             output = self.run(IterationPlan((ScheduledChunk(seq, start, count),)))
             seq.token_ids.append(output.tokens[seq].token_id)
         if self.device.type == "cuda":
+            self.capture_decode()
             torch.cuda.synchronize(self.device)
         if self._progress is not None:
             self._progress("warming up", 1.0)
+
+    @torch.inference_mode()
+    def capture_decode(self, sizes: Rows[int] = DECODE_SIZES) -> None:
+        """Replay decode iterations from CUDA graphs from now on; launch them one kernel after the
+        other, as before, where that cannot be. Without CUDA nothing is captured."""
+        if not implementation(self.device).startswith("Triton"):
+            return
+        from tandem.engine.decode_graphs import DecodeGraphs  # needs the triton package
+
+        try:
+            self._graphs = DecodeGraphs(self._decoder, self.storage, self.spec.max_model_len, sizes)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[:1]
+            log.warning("decode iterations run without CUDA graphs", reason=reason)
 
     @torch.inference_mode()
     def run(self, plan: IterationPlan, on_layers: OnLayers | None = None) -> IterationOutput:
@@ -142,6 +168,10 @@ class Engine:
         """
         if not plan.chunks:
             return IterationOutput()
+        if self._graphs is not None and on_layers is None and self._graphs.takes(plan.chunks):
+            drawn = [chunk.sequence for chunk in plan.chunks]
+            tokens = self._sampler.sample(self._graphs.run(plan.chunks), drawn)
+            return IterationOutput(tokens=dict(zip(drawn, tokens, strict=True)))
         batch = RaggedBatch.build(
             [chunk.sequence.block_table for chunk in plan.chunks],
             [chunk.start for chunk in plan.chunks],

@@ -48,3 +48,19 @@ def test_tokens_equal_the_reference(architecture: str, tmp_path: Path, use: Use)
         assert ("Triton" in implementation("cpu")) == (name == "triton")
         outputs.append(Driver(make_engine(directory), chunk_size=16).run(requests, stagger=2))
     assert outputs[0] == outputs[1]
+
+
+def test_padded_decode_batches_change_nothing(tmp_path: Path, use: Use) -> None:
+    """What CUDA graphs replay, run without capturing: static buffers, padded rows, contexts that
+    grow, sequences that come and go."""
+    directory = make_tiny_model("mistral-window", tmp_path)
+    requests = [request(str(n), prompt(n), greedy(6)) for n in PROMPT_LENGTHS]
+    use("reference")
+    expected = Driver(make_engine(directory), chunk_size=16).run(requests, stagger=2)
+    use("triton")
+    engine = make_engine(directory)
+    assert engine.device.type == "cpu"
+    engine.capture_decode(sizes=(1, 3, 8))
+    assert Driver(engine, chunk_size=16).run(requests, stagger=2) == expected
+    written = (engine.storage.kv != 0).flatten(2, 3).any(-1).any(-1)[0, 0].sum()
+    assert int(written) <= sum(PROMPT_LENGTHS) + 5 * len(PROMPT_LENGTHS)  # blocks are used again

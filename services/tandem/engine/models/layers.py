@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tandem.engine.models.config import DecoderConfig
-from tandem.engine.weights import Checkpoint
+from tandem.engine.weights import WeightSource
 from tandem_kernels import RaggedBatch, paged_attention, rms_norm, rotary_kv_write, silu_mul
 
 
@@ -22,7 +22,7 @@ from tandem_kernels import RaggedBatch, paged_attention, rms_norm, rotary_kv_wri
 class Loader:
     """Where weights come from and how they are to be held."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     dtype: torch.dtype
     device: torch.device
 
