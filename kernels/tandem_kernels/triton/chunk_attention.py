@@ -5,7 +5,6 @@ Dao, 2023). Tiles of keys that every query sees need no mask; only those at the 
 them where there is a window, are masked.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -127,7 +126,7 @@ def _chunk_kernel(
     if WINDOW > 0:
         masked = tl.maximum(first - WINDOW + 1, 0) // TILE
     else:
-        for tile in range(0, masked):
+        for tile in range(masked):
             seen, best, weight = _see_tile(
                 q, seen, best, weight, tile, table, key_cache, value_cache, kv_head, position,
                 context, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE, WINDOW, False,

@@ -9,6 +9,7 @@ Prompt chunks and everything else of changing shape stay outside. Needs the Trit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class DecodeGraphs:
         replays = {size: self._capture(size, pool) for size in reversed(sizes)}
         return {size: replays[size] for size in sizes}
 
-    def _capture(self, size: int, pool: object) -> Replay:
+    def _capture(self, size: int, pool: Any) -> Replay:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
