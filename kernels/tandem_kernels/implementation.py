@@ -2,8 +2,8 @@
 
 The torch reference runs everywhere and defines what is right. A faster implementation gives an
 `Operations` with some of its functions replaced; what it does not replace stays the reference.
-Setting TANDEM_KERNELS=reference keeps the reference on every device; TANDEM_KERNELS=triton takes the
-Triton kernels on every device, which on a CPU is for Triton's interpreter.
+Setting TANDEM_KERNELS=reference keeps the reference on every device; TANDEM_KERNELS=triton takes
+the Triton kernels on every device, which on a CPU is for Triton's interpreter.
 
 Not here: the bodies. They live in one file per operation (reference) and one folder per
 implementation.

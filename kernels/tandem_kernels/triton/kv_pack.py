@@ -66,7 +66,8 @@ def kv_write(
 
 
 def _move(kv: Tensor, slots: Tensor, packed: Tensor, first_head: int, *, gather: bool) -> None:
-    """kv: [layers, kinds, blocks, block_size, heads, dim]; packed: [layers, kinds, n, heads, dim]."""
+    """kv: [layers, kinds, blocks, block_size, heads, dim]; packed: [layers, kinds, count, heads,
+    dim]."""
     layers, kinds, count, heads, head_dim = packed.shape
     if not packed.numel():
         return

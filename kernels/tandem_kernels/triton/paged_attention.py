@@ -8,6 +8,7 @@ for the iteration's other layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -55,7 +56,7 @@ class AttentionPlan:
     @classmethod
     def _make(cls, batch: RaggedBatch, query: Tensor) -> AttentionPlan:
         starts, contexts = batch.query_starts, batch.context_lens
-        lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        lens = [end - start for start, end in pairwise(starts)]
         decodes = [index for index, length in enumerate(lens) if length == 1]
         device = batch.block_tables.device
         size = queries_per_tile(max((n for n in lens if n > 1), default=0), query)
