@@ -5,6 +5,7 @@ Dao, 2023). Tiles of keys that every query sees need no mask; only those at the 
 them where there is a window, are masked.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,6 +65,7 @@ def chunk_attention(
         ROWS=size,
         TILE=_keys_per_tile(block_dim, query),
         WINDOW=window or 0,
+        WIDEN=interpreted(query.device) and query.dtype == torch.bfloat16,
         num_warps=8 if size >= 128 else 4,
         num_stages=2,
     )
@@ -100,6 +102,7 @@ def _chunk_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     head = tl.program_id(0)
     kv_head = head // (HEADS // KV_HEADS)
@@ -115,6 +118,8 @@ def _chunk_kernel(
     own = (member < length)[:, None] & (columns < HEAD_DIM)[None, :]
     source = query + (row + member[:, None]) * query_row + head * query_head + columns[None, :]
     q = tl.load(source, mask=own, other=0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
     position = context - length + member
     first = context - length + offset
     end = tl.minimum(first + ROWS, context)
@@ -129,12 +134,13 @@ def _chunk_kernel(
         for tile in range(masked):
             seen, best, weight = _see_tile(
                 q, seen, best, weight, tile, table, key_cache, value_cache, kv_head, position,
-                context, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE, WINDOW, False,
+                context, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE, WINDOW, WIDEN,
+                False,
             )  # fmt: skip
     for tile in range(masked, tl.cdiv(end, TILE)):
         seen, best, weight = _see_tile(
             q, seen, best, weight, tile, table, key_cache, value_cache, kv_head, position,
-            context, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE, WINDOW, True,
+            context, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE, WINDOW, WIDEN, True,
         )  # fmt: skip
 
     seen = seen / tl.where(weight > 0.0, weight, 1.0)[:, None]
@@ -162,6 +168,7 @@ def _see_tile(
     BLOCK_DIM: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     key_position = tile * TILE + tl.arange(0, TILE)
@@ -179,6 +186,8 @@ def _see_tile(
         value_mask = inside[None, :]
     line = (block * BLOCK_SIZE + key_position % BLOCK_SIZE) * KV_HEADS + kv_head
     k = tl.load(key_cache + line[None, :] * HEAD_DIM + columns[:, None], mask=key_mask, other=0.0)
+    if WIDEN:  # the interpreter cannot multiply bfloat16
+        k = k.to(tl.float32)
     scores = tl.dot(q, k, input_precision="ieee") * scale
     if MASKED:
         visible = key_position[None, :] <= position[:, None]
@@ -194,5 +203,7 @@ def _see_tile(
     v = tl.load(
         value_cache + line[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0
     )
+    if WIDEN:
+        v = v.to(tl.float32)
     seen = seen * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
     return seen, highest, weight * kept + tl.sum(p, 1)

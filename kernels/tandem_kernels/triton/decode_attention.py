@@ -78,6 +78,7 @@ def decode_attention(
         BLOCK_DIM=block_dim,
         TILE=_tile(block_dim, query),
         WINDOW=window or 0,
+        WIDEN=interpreted(query.device) and query.dtype == torch.bfloat16,
         DIRECT=splits == 1,
         num_warps=4,
         num_stages=3,
@@ -129,6 +130,7 @@ def _decode_kernel(
     BLOCK_DIM: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    WIDEN: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -154,6 +156,8 @@ def _decode_kernel(
     own = (member < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
     source = query + row * query_row + head[:, None] * query_head + columns[None, :]
     q = tl.load(source, mask=own, other=0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
     best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_GROUP], tl.float32)
     seen = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
@@ -167,6 +171,8 @@ def _decode_kernel(
             mask=visible[None, :] & (columns < HEAD_DIM)[:, None],
             other=0.0,
         )
+        if WIDEN:  # the interpreter cannot multiply bfloat16
+            k = k.to(tl.float32)
         scores = tl.dot(q, k, input_precision="ieee") * scale
         scores = tl.where(visible[None, :], scores, float("-inf"))
         highest = tl.maximum(best, tl.max(scores, 1))
@@ -177,6 +183,8 @@ def _decode_kernel(
             mask=visible[:, None] & (columns < HEAD_DIM)[None, :],
             other=0.0,
         )
+        if WIDEN:
+            v = v.to(tl.float32)
         weight = weight * kept + tl.sum(p, 1)
         seen = seen * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         best = highest
