@@ -12,6 +12,8 @@ import grpc
 import psutil
 import pytest
 
+from tandem.commands.reaper import remove_directory
+from tandem.controller.environment import prepare_environment
 from tandem.core.config import ControllerConfig, ModelConfig, TandemConfig
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 
@@ -64,6 +66,7 @@ def cluster_config(served_name: str = "stand-in") -> TandemConfig:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[object]:
     """One Ray cluster for the module; leaves no process behind."""
+    prepare_environment()
     from tandem.controller import session
 
     before = os.environ.get("PYTHONPATH")
@@ -76,6 +79,8 @@ def local_ray() -> Iterator[object]:
     finally:
         session.disconnect()
         psutil.wait_procs(family, timeout=10)
+        if cluster.session_dir is not None:
+            remove_directory(cluster.session_dir)
         if before is None:
             del os.environ["PYTHONPATH"]
         else:

@@ -12,6 +12,7 @@ from tandem.commands.ports import serve_ports, settle_ports
 from tandem.commands.progress import ClusterView, StartProgress
 from tandem.commands.start import everyone_ready
 from tandem.commands.terminal import console, reachable, tandem_command
+from tandem.controller.environment import prepare_environment
 from tandem.core.config import TandemConfig
 from tandem.core.errors import UnavailableError
 from tandem.modelfiles import read_json, resolve_model
@@ -36,6 +37,7 @@ def serve(config: TandemConfig, ray_address: RayAddress = "") -> None:
 @takes_config
 def up(config: TandemConfig, ray_address: RayAddress = "auto") -> None:
     """Start controller and workers on a running Ray cluster, and return."""
+    prepare_environment()
     from tandem.controller import session
 
     controller = config.controller
@@ -60,6 +62,7 @@ def up(config: TandemConfig, ray_address: RayAddress = "auto") -> None:
 
 def down(ray_address: RayAddress = "auto") -> None:
     """Stop controller and workers on a running Ray cluster. Ray itself stays."""
+    prepare_environment()
     from tandem.controller import session
 
     session.connect_to_ray(ray_address)

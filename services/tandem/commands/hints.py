@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from tandem.commands.terminal import console, python_command, reachable, tandem_command
 from tandem.core.config import GatewayConfig, TandemConfig
 from tandem.modelfiles import served_name
@@ -18,8 +20,17 @@ def print_hints(config: TandemConfig, dashboard: str) -> None:
         console.print(command, markup=False, soft_wrap=True)
         console.print()
     if dashboard:
-        console.print(f"Ray dashboard: {dashboard}   (token: `ray get-auth-token`)", markup=False)
+        console.print(f"Ray dashboard: {dashboard}", markup=False)
+        console.print(f"  its token: {token_location()}", markup=False, soft_wrap=True)
+        console.print("  in a shell: RAY_AUTH_MODE=token ray list actors")
     console.print("Stop with ctrl-C.\n")
+
+
+def token_location() -> str:
+    """Where the token is that Ray asks for."""
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return "in RAY_AUTH_TOKEN"
+    return os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
 
 
 def examples(

@@ -47,7 +47,7 @@ def config(
 
 def render_reference() -> str:
     """Every setting with default, allowed values, flag and meaning, as Markdown."""
-    lines = [PREAMBLE.format(variable=environment_variable("gateway.port"))]
+    lines = [PREAMBLE.format(variable=environment_variable("gateway.port")).rstrip()]
     section = None
     for name, field in walk_settings():
         here = name.rpartition(".")[0]

@@ -94,16 +94,17 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
 
 def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     """What people see."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for heading in ("worker", "role", "state", "pid", "device"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("run", "wait", "used/cached/total", "links", "tok/s"):
+    for heading in ("run", "wait", "blocks", "links", "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for worker in cluster.workers:
         table.add_row(*_row(worker))
     nodes = sorted({worker.node for worker in cluster.workers if worker.node})
     facts = [f"model {cluster.model}", f"membership {cluster.membership_version}"]
     facts += [f"node {nodes[0]}"] if len(nodes) == 1 else []
+    facts += ["blocks used/cached/total"]
     lines: list[RenderableType] = [Text(", ".join(facts)), table]
     lines += [_note(worker, many_nodes=len(nodes) > 1) for worker in cluster.workers]
     if cluster.dashboard:
@@ -130,7 +131,7 @@ def _row(worker: cluster_pb2.WorkerStatus) -> list[str | Text]:
 def _note(worker: cluster_pb2.WorkerStatus, *, many_nodes: bool) -> Text:
     """What does not fit into the table, where there is something to say."""
     notes = [f"node {worker.node}"] if many_nodes and worker.node else []
-    notes += [f"replaced {worker.restarts} times"] if worker.restarts else []
+    notes += [f"restarts: {worker.restarts}"] if worker.restarts else []
     notes += [worker.detail] if worker.detail else []
     return Text(f"{worker.name}: {', '.join(notes)}" if notes else "", style="dim")
 

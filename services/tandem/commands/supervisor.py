@@ -22,8 +22,9 @@ from tandem.commands.progress import ClusterView, StartProgress, describe, state
 from tandem.commands.reaper import Reaper
 from tandem.commands.start import everyone_ready
 from tandem.commands.terminal import console, errors
+from tandem.controller.environment import prepare_environment
 from tandem.core.config import TandemConfig
-from tandem.core.errors import UnavailableError
+from tandem.core.errors import ConfigError, ModelLoadError, UnavailableError
 
 if TYPE_CHECKING:
     from tandem.controller.session import ControllerHandle, RayCluster
@@ -66,6 +67,7 @@ class Supervisor:
         self._ray_address = ray_address
         self._interrupts = Interrupts()
         self._states: dict[str, str] = {}
+        self._logs: Path | None = None
 
     def run(self) -> None:
         """Serve until told to stop. Raises `TandemError` if the cluster cannot start or go on."""
@@ -73,7 +75,7 @@ class Supervisor:
         reaper = Reaper()
         try:
             with self._ray(reaper) as cluster, self._controller(cluster) as (handle, view):
-                gateway = GatewayProcess(self._config, handle.address(), _log_file(cluster))
+                gateway = GatewayProcess(self._config, handle.address(), self._gateway_log())
                 try:
                     self._start(handle, view, gateway)
                     print_hints(self._config, cluster.dashboard)
@@ -83,8 +85,12 @@ class Supervisor:
                     gateway.stop()
         except KeyboardInterrupt:
             pass
+        except (ModelLoadError, ConfigError):
+            raise  # its message says all; the logs add nothing
         except BaseException:
             reaper.disown_directories()
+            if self._logs is not None:
+                errors.print(f"logs are kept in {self._logs}", markup=False, soft_wrap=True)
             raise
         finally:
             reaper.finish()
@@ -93,6 +99,7 @@ class Supervisor:
     @contextmanager
     def _ray(self, reaper: Reaper) -> Iterator[RayCluster]:
         with console.status("starting Ray"):
+            prepare_environment()
             from tandem.controller import session
 
             if self._ray_address:
@@ -102,6 +109,7 @@ class Supervisor:
         self._interrupts.install()
         if cluster.session_dir is not None:
             reaper.own_directory(cluster.session_dir)
+            self._logs = cluster.session_dir / "logs"
         try:
             self._interrupts.check()
             yield cluster
@@ -156,6 +164,5 @@ class Supervisor:
         if self._interrupts.asked.is_set():
             console.print("stopping; press ctrl-C again to kill everything at once")
 
-
-def _log_file(cluster: RayCluster) -> Path | None:
-    return cluster.session_dir / "logs" / "gateway.log" if cluster.session_dir else None
+    def _gateway_log(self) -> Path | None:
+        return self._logs / "gateway.log" if self._logs is not None else None

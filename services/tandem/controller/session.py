@@ -1,7 +1,7 @@
 """The controller as the command line sees it: start it in a Ray cluster, find it, stop it.
 
 Also starts a Ray cluster of our own on this machine. Call everything from the main thread: Ray's
-processes die with the thread that started them.
+processes die with the thread that started them. Call `prepare_environment` before importing this.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError, TandemError, UnavailableError
 
 OBJECT_STORE_BYTES = 128 * 2**20
+CONNECT_TIMEOUT = 5.0
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
 
@@ -45,7 +47,7 @@ class RayCluster:
 
 def start_local_ray(config: TandemConfig) -> RayCluster:
     """Start a Ray cluster on this machine, with room for every worker whatever the cores."""
-    _quiet_ray()
+    logging.getLogger("ray").setLevel(logging.ERROR)
     _provide_token()
     workers = len(pool_slots(config))
     context: Any = ray.init(
@@ -67,7 +69,8 @@ def start_local_ray(config: TandemConfig) -> RayCluster:
 
 def connect_to_ray(address: str) -> RayCluster:
     """Connect to a running Ray cluster. Raises `UnavailableError` if there is none."""
-    _quiet_ray()
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    _check_listening(address)
     try:
         context: Any = ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
@@ -170,13 +173,17 @@ def _get(reference: Any, timeout: float) -> object:
         raise UnavailableError(f"the controller did not answer within {timeout:.0f} s") from error
 
 
-def _quiet_ray() -> None:
-    """No usage reports, no advice about tokens and accelerators."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray runs its workers at nice 15: anything else on the machine would starve the model.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    logging.getLogger("ray").setLevel(logging.ERROR)
+def _check_listening(address: str) -> None:
+    """Ray itself would try for minutes before it gave up on an address where nothing listens."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():  # "auto", or a form that Ray resolves
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
+    except OSError as error:
+        raise UnavailableError(
+            f"no Ray cluster answers at {address} (--ray-address): {error.strerror or error}"
+        ) from error
 
 
 def _provide_token() -> None:

@@ -701,15 +701,12 @@ class PrefillRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     GRANT_FIELD_NUMBER: _builtins.int
-    PROMPT_LOGPROBS_FROM_FIELD_NUMBER: _builtins.int
     leg_id: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     prompt_len: _builtins.int
     priority: _builtins.int
     cache_salt: _builtins.str
-    prompt_logprobs_from: _builtins.int
-    """first position whose prompt logprobs are still wanted"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """prompt and tokens emitted so far: all get KV"""
@@ -732,11 +729,10 @@ class PrefillRequest(_message.Message):
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         grant: Global___Grant | None = ...,
-        prompt_logprobs_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "grant", b"grant", "leg_id", b"leg_id", "priority", b"priority", "prompt_len", b"prompt_len", "prompt_logprobs_from", b"prompt_logprobs_from", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "grant", b"grant", "leg_id", b"leg_id", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,14 +37,12 @@ def request_to_prefill(
     leg_id: int,
     token_ids: Iterable[int] | None = None,
     held_tokens: int | None = None,
-    prompt_logprobs_from: int = 0,
 ) -> worker_pb2.PrefillRequest:
     """Return one leg of a request.
 
     `token_ids` are all tokens that get KV (the request's own if None: pass the sequence's when it
     has sampled since). `held_tokens` is set when the blocks are reserved already: the leg then
-    carries its grant. `prompt_logprobs_from` is the first position whose prompt logprobs are
-    wanted.
+    carries its grant.
     """
     grant = None
     if held_tokens is not None:
@@ -59,7 +57,6 @@ def request_to_prefill(
         priority=request.priority,
         cache_salt=request.cache_salt,
         grant=grant,
-        prompt_logprobs_from=prompt_logprobs_from,
     )
 
 
