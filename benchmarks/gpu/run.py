@@ -81,6 +81,8 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *([inherited] if inherited else [])])
     environment.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     environment.setdefault("PYTHONUNBUFFERED", "1")
+    if environment.get("TRITON_INTERPRET") == "1":
+        environment["TANDEM_KERNELS"] = "triton"
     if arguments.nccl:
         environment["LD_PRELOAD"] = arguments.nccl
     return environment

@@ -91,7 +91,7 @@ def _move(kv: Tensor, slots: Tensor, packed: Tensor, first_head: int, *, gather:
     )
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["slots"])
 def _move_kernel(
     kv,
     slots,

@@ -55,13 +55,17 @@ class DecodeGraphs:
 
     def run(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
         """Return float32 logits, [chunks, vocab_size], valid until the next call."""
+        return self.prepare(chunks)()[: len(chunks)]
+
+    def prepare(self, chunks: Sequence[ScheduledChunk]) -> Replay:
+        """Lay the iteration out and return what computes its logits, padding included."""
         self._batch.fill(
             [chunk.sequence.token_ids[chunk.start] for chunk in chunks],
             [chunk.start for chunk in chunks],
             [chunk.sequence.block_table for chunk in chunks],
         )
         size = next(size for size in self._replays if size >= len(chunks))
-        return self._replays[size]()[: len(chunks)]
+        return self._replays[size]
 
     def _forward(self, rows: int) -> Tensor:
         batch = self._batch.ragged(rows)

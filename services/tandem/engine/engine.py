@@ -159,6 +159,17 @@ class Engine:
             reason = str(error).splitlines()[:1]
             log.warning("decode iterations run without CUDA graphs", reason=reason)
 
+    @property
+    def replays_decode(self) -> bool:
+        """Whether decode iterations come from captured graphs."""
+        return self._graphs is not None
+
+    def decode_replay(self, chunks: Rows[ScheduledChunk]) -> Callable[[], Tensor]:
+        """The forward pass of one captured decode iteration, to be timed by itself."""
+        if self._graphs is None:
+            raise ValueError("decode iterations are not captured")
+        return self._graphs.prepare(chunks)
+
     @torch.inference_mode()
     def run(self, plan: IterationPlan, on_layers: OnLayers | None = None) -> IterationOutput:
         """Compute the plan's chunks in one forward pass.
