@@ -21,12 +21,13 @@ from tandem_kernels.dispatched import (
     truncate_logits,
 )
 from tandem_kernels.gumbel import uniform_bits
-from tandem_kernels.implementation import implementation
+from tandem_kernels.implementation import REFERENCE, implementation, runs_compiled_decoder
 from tandem_kernels.logprobs import TopLogprobs, top_logprobs
 from tandem_kernels.ragged_batch import RaggedBatch
 from tandem_kernels.rotary import rotary_tables
 
 __all__ = [
+    "REFERENCE",
     "RaggedBatch",
     "TopLogprobs",
     "add_rms_norm",
@@ -41,6 +42,7 @@ __all__ = [
     "rms_norm",
     "rotary_kv_write",
     "rotary_tables",
+    "runs_compiled_decoder",
     "sample_tokens",
     "silu_mul",
     "top_logprobs",

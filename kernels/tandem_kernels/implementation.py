@@ -31,6 +31,8 @@ from tandem_kernels import rotary_kv_write as rotary_kv_write_reference
 from tandem_kernels import sampling as sampling_reference
 from tandem_kernels import silu_mul as silu_reference
 from tandem_kernels import truncation as truncation_reference
+from tandem_kernels.cpu import operations as cpu_operations
+from tandem_kernels.cpu.library import load_library
 
 ENVIRONMENT_VARIABLE = "TANDEM_KERNELS"
 
@@ -63,14 +65,28 @@ def operations(device_type: str) -> Operations:
     """Return what runs on a kind of device: "cpu", "cuda"."""
     if reference_is_forced():
         return REFERENCE
-    if device_type == "cuda" or os.environ.get(ENVIRONMENT_VARIABLE) == "triton":
+    if device_type == "cuda" or triton_is_forced():
         return _triton()
+    if device_type == "cpu" and (library := load_library()) is not None:
+        return Operations(
+            name=library.tandem_kernels_name().decode(),
+            kv_pack=cpu_operations.kv_pack,
+            kv_unpack=cpu_operations.kv_unpack,
+        )
     return REFERENCE
 
 
 def implementation(device: torch.device | str) -> str:
     """Return the name of what runs on `device`, for people to read."""
     return operations(torch.device(device).type).name
+
+
+def runs_compiled_decoder(device: torch.device | str) -> bool:
+    """Whether whole forward passes on `device` go to `tandem_kernels.cpu`, not op by op."""
+    device_type = torch.device(device).type
+    if device_type != "cpu" or triton_is_forced():
+        return False
+    return operations(device_type) is not REFERENCE
 
 
 def reference_is_forced() -> bool:
@@ -82,6 +98,11 @@ def reference_is_forced() -> bool:
             f"{ENVIRONMENT_VARIABLE} is {value!r}; allowed: reference, triton, or unset"
         )
     return value == "reference"
+
+
+def triton_is_forced() -> bool:
+    """Whether the environment takes the Triton kernels on every device."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) == "triton"
 
 
 def _triton() -> Operations:

@@ -22,13 +22,15 @@ from tandem.core.request import PositionLogprobs, Request, SampledToken
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.logprobs import position_logprobs
+from tandem.engine.models.compiled import CompiledModel, can_compile
+from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.weights import Checkpoint, Progress, WeightSource
 from tandem.kvcache.storage import KVStorage, bytes_per_token
-from tandem_kernels import RaggedBatch, implementation
+from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
 
 if TYPE_CHECKING:
     from tandem.engine.decode_graphs import DecodeGraphs
@@ -99,7 +101,7 @@ class Engine:
         self._progress = progress
         with weights or Checkpoint(model_dir, progress) as checkpoint:
             loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
-            self._decoder = Decoder.load(loader, self.spec.decoder)
+            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups)
         self.num_blocks = _num_blocks(cache, self.spec)
         self.storage = KVStorage(
             num_layers=self.spec.num_layers,
@@ -118,9 +120,16 @@ class Engine:
             architecture=self.spec.architecture,
             dtype=self.spec.dtype,
             device=str(self.device),
-            operations=implementation(self.device),
+            kernels=self.kernels,
             num_blocks=self.num_blocks,
         )
+
+    @property
+    def kernels(self) -> str:
+        """The implementation that forward passes run on, for people to read."""
+        if runs_compiled_decoder(self.device) and not isinstance(self._decoder, CompiledModel):
+            return REFERENCE.name
+        return implementation(self.device)
 
     def warm_up(self) -> None:
         """Run a prompt and a decode step through everything once, and on CUDA capture the graphs of
@@ -149,12 +158,13 @@ class Engine:
     def capture_decode(self, sizes: Rows[int] = DECODE_SIZES) -> None:
         """Replay decode iterations from CUDA graphs from now on; launch them one kernel after the
         other, as before, where that cannot be. Without CUDA nothing is captured."""
-        if not implementation(self.device).startswith("Triton"):
+        decoder = self._decoder
+        if isinstance(decoder, CompiledModel) or not self.kernels.startswith("Triton"):
             return
         from tandem.engine.decode_graphs import DecodeGraphs  # needs the triton package
 
         try:
-            self._graphs = DecodeGraphs(self._decoder, self.storage, self.spec.max_model_len, sizes)
+            self._graphs = DecodeGraphs(decoder, self.storage, self.spec.max_model_len, sizes)
         except RuntimeError as error:
             reason = str(error).splitlines()[:1]
             log.warning("decode iterations run without CUDA graphs", reason=reason)
@@ -264,6 +274,17 @@ class Engine:
             logits = self._decoder.logits(states)
             result.extend(position_logprobs(logits, chosen, [count] * len(chosen)))
         return result
+
+
+def _load_decoder(
+    loader: Loader, config: DecoderConfig, layer_groups: tuple[tuple[int, int], ...]
+) -> Decoder | CompiledModel:
+    """Load the decoder in the form that the kernels of its device want."""
+    if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
+        return CompiledModel.load(
+            loader, config, [first + count - 1 for first, count in layer_groups]
+        )
+    return Decoder.load(loader, config)
 
 
 def _layer_groups(num_layers: int, layers_per_group: int) -> tuple[tuple[int, int], ...]:
