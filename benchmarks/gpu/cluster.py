@@ -12,6 +12,7 @@ import os
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -129,14 +130,16 @@ async def _all(
 
 async def _one(dispatcher: Dispatcher, length: int, attempt: str) -> tuple[list[int], float, float]:
     request = _request(length)
-    request = Request(f"{request.request_id}-{attempt}", request.token_ids, length, request.sampling)
+    request = Request(
+        f"{request.request_id}-{attempt}", request.token_ids, length, request.sampling
+    )
     tokens: list[int] = []
     started, times = time.perf_counter(), []
     async for event in dispatcher.generate(request):
         if event.token_ids:
             times.append(time.perf_counter())
             tokens.extend(event.token_ids)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     return tokens, times[0] - started, statistics.median(gaps) if gaps else 0.0
 
 

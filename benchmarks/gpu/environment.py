@@ -1,4 +1,4 @@
-"""What the machine is, and its two ceilings as measured: copying memory and multiplying matrices."""
+"""What the machine is, and its two ceilings as measured: copying memory, multiplying matrices."""
 
 from __future__ import annotations
 

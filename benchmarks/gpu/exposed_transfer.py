@@ -68,9 +68,7 @@ def _measure(
     alone: float,
 ) -> None:
     with Receiver(machine, engine.storage, backend) as receiver:
-        times = [
-            _sending(machine, engine, seq, plans, receiver, leg_id) for leg_id in range(1, 6)
-        ]
+        times = [_sending(machine, engine, seq, plans, receiver, leg_id) for leg_id in range(1, 6)]
     computed, arrived = (statistics.median(column) for column in zip(*times[1:], strict=True))
     result.values[backend] = {"alone": alone, "computed": computed, "arrived": arrived}
     result.rows.append(
@@ -104,7 +102,9 @@ def _sending(
         (chunk,) = plan.chunks
         part = slots[chunk.start : chunk.end]
 
-        def send(group: LayerGroup, number: int = number, chunk: Any = chunk, part: Any = part) -> None:
+        def send(
+            group: LayerGroup, number: int = number, chunk: Any = chunk, part: Any = part
+        ) -> None:
             receiver.transfer.send(
                 Piece(
                     leg_id,

@@ -87,7 +87,7 @@ def poison(machine: Machine, nbytes: int) -> None:
 
 
 def seconds(machine: Machine, function: Callable[[], object], milliseconds: int = 40) -> float:
-    """Median device time of a call with a cold L2 cache; on the interpreter one call's wall time."""
+    """Median device time of a call with a cold L2 cache; on the interpreter one wall time."""
     if machine.cuda:
         from triton.testing import do_bench
 

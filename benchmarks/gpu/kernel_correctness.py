@@ -88,7 +88,11 @@ def run(machine: Machine, result: Result) -> None:
 
 def _layer_ops(check: Checker) -> None:
     rows, hidden, inner = (3, 40, 24) if check.machine.small else (77, 4096, 14336)
-    x, residual, weight = check.random(rows, hidden), check.random(rows, hidden), check.random(hidden)
+    x, residual, weight = (
+        check.random(rows, hidden),
+        check.random(rows, hidden),
+        check.random(hidden),
+    )
     check.compare(
         "rms_norm", lambda x, w: kernels.rms_norm(x, w, 1e-5),
         lambda x, w: REFERENCE.rms_norm(x, w, 1e-5), x, weight,
@@ -103,9 +107,7 @@ def _layer_ops(check: Checker) -> None:
         lambda x, w: REFERENCE.rms_norm(x[:, : heads - 2], w, 1e-5),
         check.random(rows, heads, head_dim), check.random(heads - 2, head_dim),
     )  # fmt: skip
-    check.compare(
-        "silu_mul", kernels.silu_mul, REFERENCE.silu_mul, check.random(rows, 2 * inner)
-    )
+    check.compare("silu_mul", kernels.silu_mul, REFERENCE.silu_mul, check.random(rows, 2 * inner))
 
 
 def _kv_moves(check: Checker) -> None:
@@ -255,7 +257,7 @@ def _sample(
     result.check(good, f"sampling {rule}: {equal}/{rows} tokens equal, {apart} kept differently")
     result.rows.append(
         {
-            "kernel": "top_k %d, top_p %g, min_p %g" % rule,
+            "kernel": f"top_k {rule[0]}, top_p {rule[1]}, min_p {rule[2]}",
             "relative error": f"{equal}/{rows} tokens equal, {apart} logits kept differently",
             "ok": good,
         }

@@ -129,9 +129,7 @@ def _kv_moves(timer: Timer, shape: Shape, tokens: int) -> None:
     )  # fmt: skip
 
 
-def _batch(
-    timer: Timer, rows: int, cached: int, tokens: int, num_blocks: int
-) -> RaggedBatch:
+def _batch(timer: Timer, rows: int, cached: int, tokens: int, num_blocks: int) -> RaggedBatch:
     each = -(-(cached + tokens) // 16)
     order = torch.randperm(num_blocks).tolist()
     tables = [order[i * each : (i + 1) * each] for i in range(rows)]
@@ -167,9 +165,7 @@ def _chunk(timer: Timer, shape: Shape, tokens: int, cached: int) -> None:
         )
 
         def reference() -> Tensor:
-            return functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            )
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     timer.row(
         f"chunk attention, {tokens} after {cached}",

@@ -51,7 +51,7 @@ TINY: dict[str, Any] = {
 
 
 class RandomWeights:
-    """A `WeightSource` that fills every tensor with noise of the usual scale, the same each time."""
+    """A `WeightSource` that fills every tensor with noise of the usual scale, always the same."""
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self._generator = torch.Generator(device).manual_seed(seed)

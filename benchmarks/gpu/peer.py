@@ -36,7 +36,9 @@ def check_nccl() -> None:
             "2.30 or newer is needed (run.py --nccl names another libnccl.so.2)"
         )
     if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        raise SkippedError("two NCCL ranks cannot share one GPU: NCCL_MULTI_RANK_GPU_ENABLE is not 1")
+        raise SkippedError(
+            "two NCCL ranks cannot share one GPU: NCCL_MULTI_RANK_GPU_ENABLE is not 1"
+        )
 
 
 class Events:
@@ -75,9 +77,7 @@ class Events:
             raise RuntimeError(str(reasons[0]) if reasons else "no acknowledgement in time")
 
 
-def _transfer(
-    storage: KVStorage, backend: str, send: Any, events: Any, peer: str
-) -> PeerTransfer:
+def _transfer(storage: KVStorage, backend: str, send: Any, events: Any, peer: str) -> PeerTransfer:
     config = TransferConfig(backend=backend, max_retries=0)  # type: ignore[arg-type]
     return PeerTransfer(
         storage,

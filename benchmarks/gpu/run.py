@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +51,9 @@ def main() -> None:
         left = arguments.budget - (time.monotonic() - started)
         results[name] = _run_section(name, left, out, environment, arguments)
         _write(results, out, time.monotonic() - started)
-        print(f"{name:20} {results[name]['status']:8} {results[name]['seconds']:6.1f} s", flush=True)
+        print(
+            f"{name:20} {results[name]['status']:8} {results[name]['seconds']:6.1f} s", flush=True
+        )
     print((out / "results.md").read_text())
     if any(result["status"] in ("failed", "timeout", "crashed") for result in results.values()):
         sys.exit(1)
@@ -112,10 +115,8 @@ def _run_section(
             except subprocess.TimeoutExpired:
                 pass
             finally:
-                try:
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 process.wait()
     result: dict[str, object] = {"status": status, "rows": [], "notes": [], "failures": []}
     if result_path.is_file():

@@ -39,9 +39,7 @@ _PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker"]
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
-def _worker_main(
-    role: str, name: str, config: TandemConfig, device: str, pipe: Connection
-) -> None:
+def _worker_main(role: str, name: str, config: TandemConfig, device: str, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker = _ROLES[role](name, config, device)
     pipe.send(worker.start())
@@ -123,7 +121,9 @@ class LocalCluster:
         for role, name in workers:
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_worker_main, args=(role, name, self.config, self.device, theirs), daemon=True
+                target=_worker_main,
+                args=(role, name, self.config, self.device, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from tandem.core.config import CacheConfig, ModelConfig
 from tandem.core.errors import ConfigError
-from tandem.core.request import PositionLogprobs, Request, SampledToken
-from tandem.core.sampling import SamplingParams
+from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.logprobs import position_logprobs
 from tandem.engine.models.compiled import CompiledModel, can_compile
@@ -28,6 +27,7 @@ from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
+from tandem.engine.warm_up import warm_up
 from tandem.engine.weights import Checkpoint, Progress, WeightSource
 from tandem.kvcache.storage import KVStorage, bytes_per_token
 from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
@@ -40,7 +40,6 @@ log = structlog.get_logger(__name__)
 _GROUPS_PER_ITERATION = 4
 _LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once."""
-_WARM_UP_TOKENS = 32
 DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Batch sizes that decode graphs are captured for; a batch is padded up to the next."""
 
@@ -132,27 +131,9 @@ class Engine:
         return implementation(self.device)
 
     def warm_up(self) -> None:
-        """Run a prompt and a decode step through everything once, and on CUDA capture the graphs of
+        """Run prompts and decode steps through everything once, and on CUDA capture the graphs of
         decode iterations. No block may be in use yet."""
-        length = (
-            min(_WARM_UP_TOKENS, self.num_blocks * self.storage.block_size, self.spec.max_model_len)
-            - 1
-        )
-        if length < 1:
-            return
-        sampling = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)
-        seq = Sequence(Request("warm-up", (0,) * length, length, sampling), arrival=0)
-        seq.block_table = list(range(-(-(length + 1) // self.storage.block_size)))
-        for step, (start, count) in enumerate(((0, length), (length, 1))):
-            if self._progress is not None:
-                self._progress("warming up", step / 2)
-            output = self.run(IterationPlan((ScheduledChunk(seq, start, count),)))
-            seq.token_ids.append(output.tokens[seq].token_id)
-        if self.device.type == "cuda":
-            self.capture_decode()
-            torch.cuda.synchronize(self.device)
-        if self._progress is not None:
-            self._progress("warming up", 1.0)
+        warm_up(self, self._progress)
 
     @torch.inference_mode()
     def capture_decode(self, sizes: Rows[int] = DECODE_SIZES) -> None:
