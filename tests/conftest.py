@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, whoever imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")

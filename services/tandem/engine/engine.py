@@ -155,6 +155,7 @@ class Engine:
         """Whether decode iterations come from captured graphs."""
         return self._graphs is not None
 
+    @torch.inference_mode()
     def decode_replay(self, chunks: Rows[ScheduledChunk]) -> Callable[[], Tensor]:
         """The forward pass of one captured decode iteration, to be timed by itself."""
         if self._graphs is None:

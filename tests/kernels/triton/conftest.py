@@ -1,12 +1,16 @@
-"""Where the Triton tests run: on the GPU's compiler where there is one, else on the interpreter."""
+"""The Triton tests need the `triton` package: `pip install -e '.[gpu]'`.
+
+Without a GPU they run on Triton's interpreter, which `tests/conftest.py` switches on.
+"""
 
 from __future__ import annotations
 
-import os
+from importlib.util import find_spec
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-pytest.importorskip("triton", reason="the `triton` package is not installed")
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(module_path: object, parent: object) -> None:
+    if find_spec("triton") is None:
+        pytest.skip("the `triton` package is not installed", allow_module_level=True)
