@@ -84,7 +84,7 @@ def call_everything(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 def _attend(
     dtype: torch.dtype, heads: int, kv: torch.Tensor, length: int, window: int | None
 ) -> None:
-    kv_heads, head_dim = kv.shape[4:]
+    head_dim = kv.shape[5]
     query = meta(4 * length, heads, head_dim, dtype=dtype)
     ints = meta(4, dtype=torch.int32)
     none = meta(0, dtype=torch.int32)
