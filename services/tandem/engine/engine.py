@@ -104,7 +104,7 @@ class Engine:
             dtype=self.spec.torch_dtype,
             device=self.device,
         )
-        self._sampler = Sampler(self.spec.eos_token_ids)
+        self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
         log.info(
             "model loaded",
             model=self.spec.name,
