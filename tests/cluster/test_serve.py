@@ -8,20 +8,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 from openai import OpenAI
+
+from serve_process import ServeProcess
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -34,32 +33,15 @@ SETTINGS = (
 )
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for listener in sockets:
-        listener.bind(("127.0.0.1", 0))
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
-
-
-@dataclass
-class Serve:
-    """A running `tandem serve`."""
-
-    process: subprocess.Popen[str]
-    log: Path
-    port: int
-    grpc_port: int
-    controller_port: int
+class Serve(ServeProcess):
+    """What an operator asks a running `tandem serve`, and what its clients do."""
 
     def tandem(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tandem", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        done = self.tandem("status", "--json", "--controller", f"127.0.0.1:{self.controller_port}")
+        done = self.tandem("status", "--json", "--controller", f"127.0.0.1:{self.controller}")
         assert done.returncode == 0, done.stderr
         return {worker["name"]: worker for worker in json.loads(done.stdout)["workers"]}
 
@@ -72,7 +54,7 @@ class Serve:
         raise AssertionError(f"{what}: {workers}")
 
     def ask(self, question: str) -> str:
-        client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+        client = OpenAI(base_url=f"http://127.0.0.1:{self.http}/v1", api_key="none", max_retries=0)
         stream = client.chat.completions.create(
             model=MODEL,
             stream=True,
@@ -85,9 +67,6 @@ class Serve:
     def ask_all(self, pool: ThreadPoolExecutor) -> Callable[[], list[str]]:
         futures = [pool.submit(self.ask, question) for question in QUESTIONS]
         return lambda: [future.result(120) for future in futures]
-
-    def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
 
 
 def all_ready(workers: dict[str, dict[str, Any]]) -> bool:
@@ -102,29 +81,14 @@ def all_free(workers: dict[str, dict[str, Any]]) -> bool:
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    port, grpc_port, controller_port, dashboard_port = free_ports(4)
+    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-m", "tandem", "serve", "--decode-workers", "2"]
-    command += ["--port", str(port), "--grpc-port", str(grpc_port)]
-    command += ["--controller-port", str(controller_port), "--dashboard-port", str(dashboard_port)]
-    for setting in SETTINGS:
-        command += ["--set", setting]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-    running = Serve(process, log, port, grpc_port, controller_port)
+    running = Serve(log, "--decode-workers", "2", *settings)
     try:
-        deadline = time.monotonic() + 120
-        while "Stop with ctrl-C" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        running.wait_until_ready()
         yield running
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
+        running.end()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +104,7 @@ def expected(serve: Serve, pool: ThreadPoolExecutor) -> list[str]:
 
 
 def test_the_printed_examples_work_when_pasted(serve: Serve) -> None:
-    printed = serve.log.read_text().partition("\nAsk\n")[2]
+    printed = serve.printed.partition("\nAsk\n")[2]
     examples = [text for text in printed.split("\n\n") if text.strip()]
     names = {"Ask and stream", "With the openai package", "gRPC, through reflection"}
     commands = {"Ask": examples[0]} | {
@@ -170,9 +134,9 @@ def test_status_says_who_is_there(serve: Serve) -> None:
 
 
 def test_a_second_serve_on_the_same_port_says_so(serve: Serve) -> None:
-    done = serve.tandem("serve", "--port", str(serve.port), "--grpc-port", "0")
+    done = serve.tandem("serve", "--port", str(serve.http), "--grpc-port", "0")
     assert done.returncode in (1, 2)
-    assert f"{serve.port}" in done.stderr + done.stdout
+    assert f"{serve.http}" in done.stderr + done.stdout
     assert "--port" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
@@ -222,7 +186,7 @@ def test_a_dead_controller_comes_back_and_finds_the_workers(
     controller.kill()
     assert serve.ask_all(pool)() == expected, "serving goes on without a controller"
     deadline = time.monotonic() + 60
-    address = f"127.0.0.1:{serve.controller_port}"
+    address = f"127.0.0.1:{serve.controller}"
     while serve.tandem("status", "--json", "--controller", address).returncode:
         assert time.monotonic() < deadline, "the controller did not come back"
     serve.until(all_ready, "rediscovered")
@@ -234,7 +198,7 @@ def test_a_dead_controller_comes_back_and_finds_the_workers(
 
 
 def test_metrics_are_where_prometheus_looks_for_them(serve: Serve) -> None:
-    base = f"http://127.0.0.1:{serve.port}"
+    base = f"http://127.0.0.1:{serve.http}"
     assert "tandem_gateway_requests_total" in httpx.get(f"{base}/metrics").text
     targets = httpx.get(f"{base}/metrics/targets").json()
     assert len(targets) == 3
@@ -245,13 +209,9 @@ def test_metrics_are_where_prometheus_looks_for_them(serve: Serve) -> None:
 
 def test_ctrl_c_leaves_nothing_behind(serve: Serve) -> None:
     shared_memory = set(os.listdir("/dev/shm"))
-    family = serve.descendants()
-    assert len(family) > 3
-    serve.process.send_signal(signal.SIGINT)
+    serve.family = serve.descendants()
+    serve.interrupt()
     assert serve.process.wait(60) == 0
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert [process.cmdline() for process in alive] == []
-    for port in (serve.port, serve.grpc_port, serve.controller_port):
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert serve.printed.rstrip().endswith("stopped")
+    serve.assert_nothing_is_left()
     assert set(os.listdir("/dev/shm")) <= shared_memory

@@ -125,7 +125,7 @@ class GatewayConfig(_Frozen):
         60.0, description="seconds without an iteration while it has work"
     )
     no_worker_timeout: Seconds = Field(
-        30.0, description="seconds a request in flight waits for a decode worker to come back"
+        120.0, description="seconds a request in flight waits for a decode worker to come back"
     )
     router: RouterConfig = RouterConfig()
 
@@ -146,7 +146,7 @@ class ControllerConfig(_Frozen):
         5.0, description="silence after which a worker counts as frozen"
     )
     replace_after: Seconds = Field(
-        30.0, description="seconds that a frozen worker may take to wake before it is replaced"
+        10.0, description="seconds that a frozen worker may take to wake before it is replaced"
     )
     dashboard: bool = Field(True, description="start the Ray dashboard with a local cluster")
     dashboard_port: Port = Field(8265, description="port of the Ray dashboard")
@@ -162,4 +162,6 @@ class TandemConfig(_Frozen):
     worker: WorkerConfig = WorkerConfig()
     gateway: GatewayConfig = GatewayConfig()
     controller: ControllerConfig = ControllerConfig()
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe log lines that are written"
+    )
