@@ -5,6 +5,7 @@ which sequence); none keeps state. Callers import from this package only: `imple
 the fastest body for each kind of device behind the same name.
 """
 
+from tandem_kernels.choice import REFERENCE_CHOICE, Choice
 from tandem_kernels.dispatched import (
     add_rms_norm,
     apply_penalties,
@@ -28,6 +29,8 @@ from tandem_kernels.rotary import rotary_tables
 
 __all__ = [
     "REFERENCE",
+    "REFERENCE_CHOICE",
+    "Choice",
     "RaggedBatch",
     "TopLogprobs",
     "add_rms_norm",

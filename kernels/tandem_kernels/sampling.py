@@ -1,10 +1,11 @@
-"""Drawing a token per row: temperature, truncation, then Gumbel-max."""
+"""Drawing a token per row: temperature, truncation where there is one, then Gumbel-max."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from tandem_kernels.choice import draw
 from tandem_kernels.gumbel import gumbel_noise
 from tandem_kernels.truncation import truncate_logits
 
@@ -23,12 +24,10 @@ def sample_tokens(
     logits: float32 [rows, vocab], left unchanged; temperatures: float32 [rows], above 0; seeds,
     positions: as for `gumbel_noise`. The other three as for `truncate_logits`, all or none of them.
     """
-    # Only differences matter; taken from the maximum, no division can overflow.
+    if top_k is None or top_p is None or min_p is None:
+        return draw(logits, temperatures, seeds, positions)
     scaled = logits - logits.amax(1, keepdim=True)
     scaled /= temperatures[:, None]
-    if top_k is None or top_p is None or min_p is None:
-        vocab = torch.arange(logits.shape[1], device=logits.device)
-        return scaled.add_(gumbel_noise(seeds, positions, vocab)).argmax(1)
     truncate_logits(scaled, top_k, top_p, min_p)
     # Few tokens are left as a rule: only those get noise.
     rows, token_ids = torch.isfinite(scaled).nonzero(as_tuple=True)

@@ -111,7 +111,7 @@ class Engine:
             dtype=self.spec.torch_dtype,
             device=self.device,
         )
-        self._sampler = Sampler(self.spec.eos_token_ids)
+        self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
         self._graphs: DecodeGraphs | None = None
         log.info(
             "model loaded",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
 from tandem.engine.logprobs import position_logprobs
 from tandem.engine.token_counts import TokenCountsCache
-from tandem_kernels import apply_penalties, sample_tokens
+from tandem_kernels import REFERENCE_CHOICE, Choice, apply_penalties, sample_tokens
 
 _MIN_TEMPERATURE = 1e-6
 """Below it a draw equals the greedy choice; dividing by less would overflow."""
@@ -31,8 +30,9 @@ _MIN_TEMPERATURE = 1e-6
 class Sampler:
     """Stateless but for the token counts that penalties need, which are a cache."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...], choice: Choice = REFERENCE_CHOICE) -> None:
         self._eos_token_ids = eos_token_ids
+        self._choice = choice
         self._token_counts = TokenCountsCache()
 
     def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[SampledToken]:
@@ -41,13 +41,35 @@ class Sampler:
         adjusted = self._adjust(logits, sequences, params)
         random_rows = [row for row, sampling in enumerate(params) if not sampling.greedy]
         if len(random_rows) == len(params):
-            token_ids = _draw(adjusted, sequences)
+            token_ids = self._draw(adjusted, sequences)
         else:
-            token_ids = adjusted.argmax(1)
+            token_ids = self._choice.argmax(adjusted)
             if random_rows:
                 rows = torch.tensor(random_rows, device=logits.device)
-                token_ids[rows] = _draw(adjusted[rows], [sequences[row] for row in random_rows])
+                token_ids[rows] = self._draw(
+                    adjusted[rows], [sequences[row] for row in random_rows]
+                )
         return _with_logprobs(logits, token_ids.tolist(), params)
+
+    def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+        """Return int64 [rows]: argmax of truncated logits / temperature + noise."""
+        params = [seq.request.sampling for seq in sequences]
+        device = logits.device
+        scales = (max(sampling.temperature, _MIN_TEMPERATURE) for sampling in params)
+        temperatures = _column(scales, torch.float32, device)
+        seeds = _column((_as_int64(sampling.seed) for sampling in params), torch.int64, device)
+        positions = _column((seq.num_tokens for seq in sequences), torch.int64, device)
+        if not any(map(_truncates, params)):
+            return self._choice.draw(logits, temperatures, seeds, positions)
+        return sample_tokens(
+            logits,
+            temperatures,
+            seeds,
+            positions,
+            _column((sampling.top_k for sampling in params), torch.int64, device),
+            _column((sampling.top_p for sampling in params), torch.float64, device),
+            _column((sampling.min_p for sampling in params), torch.float32, device),
+        )
 
     def _adjust(
         self, logits: Tensor, sequences: Rows[Sequence], params: Rows[SamplingParams]
@@ -109,29 +131,8 @@ class Sampler:
         logits[index] = selected
 
 
-def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """Return int64 [rows]: argmax of truncated logits / temperature + noise."""
-    params = [seq.request.sampling for seq in sequences]
-    device = logits.device
-
-    def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=device)
-
-    temperatures = (max(sampling.temperature, _MIN_TEMPERATURE) for sampling in params)
-    draw = partial(
-        sample_tokens,
-        logits,
-        column(temperatures, torch.float32),
-        column((_as_int64(sampling.seed) for sampling in params), torch.int64),
-        column((seq.num_tokens for seq in sequences), torch.int64),
-    )
-    if not any(map(_truncates, params)):
-        return draw()
-    return draw(
-        column((sampling.top_k for sampling in params), torch.int64),
-        column((sampling.top_p for sampling in params), torch.float64),
-        column((sampling.min_p for sampling in params), torch.float32),
-    )
+def _column(values: Iterable[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(list(values), dtype=dtype, device=device)
 
 
 def _with_logprobs(
