@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow lint format proto bench bundled-model clean
+.PHONY: help install serve test test-slow test-triton bench-gpu lint format proto bench bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +29,10 @@ test: $(STAMP)  ## run the tests (ARGS="-k name" for pytest's flags)
 test-slow: $(STAMP)  ## run the tests that take long
 	@$(BIN)/python -m pytest -m "slow" $(ARGS)
 
+test-triton: $(STAMP)  ## the Triton kernels on their interpreter (installs triton, 1 GB on disk)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,gpu]'
+	@$(BIN)/python -m pytest -m "not slow" tests/kernels/triton $(ARGS)
+
 lint: $(STAMP)  ## ruff, mypy --strict, import boundaries
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -48,6 +52,9 @@ proto: $(STAMP)  ## generate services/tandem/v1 from proto/
 
 bench: $(STAMP)  ## disaggregated against colocated serving, one table
 	@$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-gpu: $(STAMP)  ## check and measure everything that needs a GPU; see docs/gpu-results.md
+	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
 
 bundled-model: $(STAMP)  ## train the bundled model again (about an hour on two cores)
 	@$(BIN)/python -m training.train $(ARGS)

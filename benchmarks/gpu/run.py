@@ -36,7 +36,7 @@ SECTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "model_speed": (150, _SERVICES),
     "kv_streaming": (90, _WORKERS),
     "exposed_transfer": (120, _WORKERS),
-    "cluster": (120, (*_WORKERS, "grpc_health", "prometheus_client")),
+    "cluster": (120, (*_WORKERS, "prometheus_client", "psutil", "httpx", "uvloop")),
 }
 
 

@@ -1,0 +1,48 @@
+"""The GPU script runs to its end without a GPU, on the interpreter, and says what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks/gpu/run.py"
+
+
+def run_script(out: Path, *arguments: str) -> tuple[int, dict[str, dict[str, object]]]:
+    command = [sys.executable, str(SCRIPT), "--out", str(out), *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=170, check=False)
+    return done.returncode, json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_every_section_ends_well(tmp_path: Path) -> None:
+    code, results = run_script(tmp_path)
+    assert {name: result["status"] for name, result in results.items()} == dict.fromkeys(
+        (
+            "environment",
+            "kernel_correctness",
+            "engine_equality",
+            "kernel_times",
+            "model_speed",
+            "kv_streaming",
+            "exposed_transfer",
+            "cluster",
+        ),
+        "ok",
+    )
+    assert code == 0
+    report = (tmp_path / "results.md").read_text()
+    assert all(f"## {name.replace('_', ' ')}: ok" in report for name in results)
+
+
+def test_what_is_out_of_time_does_not_stop_the_rest(tmp_path: Path) -> None:
+    code, results = run_script(tmp_path, "--only", "environment", "kv_streaming", "--budget", "6")
+    assert results["environment"]["status"] == "ok"
+    assert results["kv_streaming"]["status"] == "timeout"
+    assert code == 1
