@@ -196,6 +196,11 @@ static void pack_tile(const Attention& a, const AttentionShape& shape, const Uni
       const int64_t at = ((first + offset) * a.kv_heads + unit.kv_head) * a.head_dim;
       keys[key] = static_cast<const T*>(a.keys) + at;
       values[key] = static_cast<const T*>(a.values) + at;
+      // Rows of other heads lie between ours: too far apart for the processor's own prefetcher.
+      for (int64_t ahead = 0; ahead < a.head_dim; ahead += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(keys[key] + ahead);
+        __builtin_prefetch(values[key] + ahead);
+      }
     }
   }
   const int64_t padded = (used + kPanel - 1) / kPanel * kPanel;
