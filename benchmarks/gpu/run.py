@@ -1,7 +1,8 @@
 """Check and measure the GPU path in one call, without a network and within ten minutes.
 
-    python benchmarks/gpu/run.py --out DIR            on a machine with a CUDA device
-    TRITON_INTERPRET=1 python benchmarks/gpu/run.py   anywhere: tiny shapes, on Triton's interpreter
+    python benchmarks/gpu/run.py --out DIR
+
+Without a CUDA device it runs tiny shapes on Triton's interpreter: that shows that it works.
 
 Needs torch, triton and numpy; the sections that run an engine or a cluster need the packages of
 pyproject.toml too, and say so where one is missing. `--wheels DIR` installs wheels from a folder
@@ -84,8 +85,6 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *([inherited] if inherited else [])])
     environment.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     environment.setdefault("PYTHONUNBUFFERED", "1")
-    if environment.get("TRITON_INTERPRET") == "1":
-        environment["TANDEM_KERNELS"] = "triton"
     if arguments.nccl:
         environment["LD_PRELOAD"] = arguments.nccl
     return environment
@@ -158,6 +157,9 @@ def _call(name: str, out: Path, arguments: argparse.Namespace) -> dict[str, obje
 
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+    if kind == "cpu":  # before anything imports Triton
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["TANDEM_KERNELS"] = "triton"
     ceilings = {}
     if (out / "environment.json").is_file():
         ceilings = json.loads((out / "environment.json").read_text()).get("values", {})
