@@ -30,6 +30,7 @@ from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.weights import Checkpoint, Progress
 from tandem.kvcache.storage import KVStorage, bytes_per_token
 from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
+from tandem_kernels.cpu import prefer_huge_pages
 
 log = structlog.get_logger(__name__)
 
@@ -104,6 +105,8 @@ class Engine:
             dtype=self.spec.torch_dtype,
             device=self.device,
         )
+        if isinstance(self._decoder, CompiledModel):
+            prefer_huge_pages(self.storage.kv)
         self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
         log.info(
             "model loaded",
