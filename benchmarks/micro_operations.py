@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tandem_kernels import RaggedBatch, cpu, paged_attention
+from tandem_kernels import RaggedBatch, cpu
 from tandem_kernels.cpu import operations as ops
+from tandem_kernels.paged_attention import paged_attention
+from tandem_kernels.silu_mul import silu_mul
 
 COLD_BYTES = 256 * 2**20
 """Copies of an operand together are at least this large."""
@@ -83,8 +85,8 @@ def measure_operations(shape: Shape, bounds: Bounds, repeats: int) -> list[Measu
     """Measure everything that an iteration is made of, in bfloat16."""
     context = cpu.Context(torch.get_num_threads())
     return [
-        *(_linear(context, shape, bounds, count, repeats) for count in (1, 4, 8, 16, 32)),
-        _linear(context, shape, bounds, shape.prompt, repeats),
+        *(_gated(context, shape, bounds, count, repeats) for count in (1, 4, 8, 16, 32)),
+        _gated(context, shape, bounds, shape.prompt, repeats),
         _head(context, shape, bounds, 8, repeats),
         _attention(context, shape, bounds, [(shape.prompt, 1)] * 8, repeats),
         _attention(context, shape, bounds, [(0, shape.prompt)], repeats),
@@ -97,22 +99,19 @@ def _copies(size: int) -> int:
     return max(1, -(-COLD_BYTES // size))
 
 
-def _linear(
+def _gated(
     context: cpu.Context, shape: Shape, bounds: Bounds, count: int, repeats: int
 ) -> Measured:
     outputs, inputs = 2 * shape.inner, shape.hidden
     size = outputs * inputs * 2
     weights = [torch.randn(outputs, inputs).bfloat16() for _ in range(_copies(size))]
-    packed = [cpu.pack_linear(context, weight, None) for weight in weights]
+    packed = [cpu.pack_gate_up(context, weight, None) for weight in weights]
     x = torch.randn(count, inputs).bfloat16()
     ours, theirs = cycle(packed), cycle(weights)
-    out, their_out = torch.empty(count, outputs), torch.empty(count, outputs).bfloat16()
     return Measured(
-        name=f"linear {outputs} x {inputs}, {count} rows",
-        seconds=seconds_of(lambda: ops.linear(context, next(ours), x, out), repeats),
-        reference_seconds=seconds_of(
-            lambda: torch.matmul(x, next(theirs).T, out=their_out), repeats
-        ),
+        name=f"gate, up and SiLU {outputs} x {inputs}, {count} rows",
+        seconds=seconds_of(lambda: ops.silu_linear(context, next(ours), x), repeats),
+        reference_seconds=seconds_of(lambda: silu_mul(functional.linear(x, next(theirs))), repeats),
         bound_seconds=max(
             size / bounds.read_bytes, 2 * outputs * inputs * count / bounds.gemm_flops
         ),

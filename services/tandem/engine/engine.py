@@ -31,6 +31,7 @@ from tandem.engine.warm_up import warm_up
 from tandem.engine.weights import Checkpoint, Progress, WeightSource
 from tandem.kvcache.storage import KVStorage, bytes_per_token
 from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
+from tandem_kernels.cpu import prefer_huge_pages
 
 if TYPE_CHECKING:
     from tandem.engine.decode_graphs import DecodeGraphs
@@ -111,6 +112,8 @@ class Engine:
             dtype=self.spec.torch_dtype,
             device=self.device,
         )
+        if isinstance(self._decoder, CompiledModel):
+            prefer_huge_pages(self.storage.kv)
         self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
         self._graphs: DecodeGraphs | None = None
         log.info(
