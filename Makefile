@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow lint format proto bench bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-micro bench-gpu fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard kernels/tandem_kernels/cpu/native/*)
 	@echo "==> setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
@@ -28,6 +28,10 @@ test: $(STAMP)  ## run the tests (ARGS="-k name" for pytest's flags)
 
 test-slow: $(STAMP)  ## run the tests that take long
 	@$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+test-triton: $(STAMP)  ## the Triton kernels on their interpreter (installs triton, 1 GB on disk)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,gpu]'
+	@$(BIN)/python -m pytest -m "not slow" tests/kernels/triton $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy --strict, import boundaries
 	@$(BIN)/ruff check .
@@ -48,6 +52,16 @@ proto: $(STAMP)  ## generate services/tandem/v1 from proto/
 
 bench: $(STAMP)  ## disaggregated against colocated serving, one table
 	@$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-gpu: $(STAMP)  ## check and measure everything that needs a GPU; see docs/gpu-results.md
+	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
+
+bench-micro: $(STAMP)  ## every CPU kernel against its bound, and the engine against the reference
+	@$(BIN)/python -m benchmarks.micro $(ARGS)
+
+fuzz-kernels: $(STAMP)  ## random calls of the C++ kernels under AddressSanitizer (CASES=500 SEED=1)
+	@TANDEM_FUZZ_CASES=$(or $(CASES),500) TANDEM_FUZZ_SEED=$(or $(SEED),1) \
+	  $(BIN)/python -m pytest -m slow tests/kernels/test_cpu_fuzz.py $(ARGS)
 
 bundled-model: $(STAMP)  ## train the bundled model again (about an hour on two cores)
 	@$(BIN)/python -m training.train $(ARGS)

@@ -5,6 +5,7 @@ which sequence); none keeps state. Callers import from this package only: `imple
 the fastest body for each kind of device behind the same name.
 """
 
+from tandem_kernels.choice import REFERENCE_CHOICE, Choice
 from tandem_kernels.dispatched import (
     add_rms_norm,
     apply_penalties,
@@ -15,6 +16,8 @@ from tandem_kernels.dispatched import (
     kv_write,
     paged_attention,
     rms_norm,
+    rotary_kv_write,
+    sample_tokens,
     silu_mul,
     truncate_logits,
 )
@@ -26,6 +29,8 @@ from tandem_kernels.rotary import rotary_tables
 
 __all__ = [
     "REFERENCE",
+    "REFERENCE_CHOICE",
+    "Choice",
     "RaggedBatch",
     "TopLogprobs",
     "add_rms_norm",
@@ -38,8 +43,10 @@ __all__ = [
     "kv_write",
     "paged_attention",
     "rms_norm",
+    "rotary_kv_write",
     "rotary_tables",
     "runs_compiled_decoder",
+    "sample_tokens",
     "silu_mul",
     "top_logprobs",
     "truncate_logits",

@@ -33,6 +33,20 @@ def kv_write(
     operations(key.device.type).kv_write(key_cache, value_cache, slots, key, value)
 
 
+def rotary_kv_write(
+    heads: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """See `tandem_kernels.rotary_kv_write`."""
+    run = operations(heads.device.type).rotary_kv_write
+    return run(heads, value, cos, sin, key_cache, value_cache, slots)
+
+
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -86,3 +100,17 @@ def apply_penalties(
 def truncate_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> None:
     """See `tandem_kernels.truncation`."""
     operations(logits.device.type).truncate_logits(logits, top_k, top_p, min_p)
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> Tensor:
+    """See `tandem_kernels.sampling`."""
+    run = operations(logits.device.type).sample_tokens
+    return run(logits, temperatures, seeds, positions, top_k, top_p, min_p)

@@ -2,7 +2,8 @@
 
 The torch reference runs everywhere and defines what is right. A faster implementation gives an
 `Operations` with some of its functions replaced; what it does not replace stays the reference.
-Setting TANDEM_KERNELS=reference keeps the reference on every device.
+Setting TANDEM_KERNELS=reference keeps the reference on every device; TANDEM_KERNELS=triton takes
+the Triton kernels on every device, which on a CPU is for Triton's interpreter.
 
 Not here: the bodies. They live in one file per operation (reference) and one folder per
 implementation.
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ from tandem_kernels import paged_attention as attention_reference
 from tandem_kernels import penalties as penalties_reference
 from tandem_kernels import rms_norm as norm_reference
 from tandem_kernels import rotary as rotary_reference
+from tandem_kernels import rotary_kv_write as rotary_kv_write_reference
+from tandem_kernels import sampling as sampling_reference
 from tandem_kernels import silu_mul as silu_reference
 from tandem_kernels import truncation as truncation_reference
 from tandem_kernels.cpu import operations as cpu_operations
@@ -42,6 +46,7 @@ class Operations:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = norm_reference.add_rms_norm
     apply_rotary: Callable[..., Tensor] = rotary_reference.apply_rotary
     kv_write: Callable[..., None] = kv_write_reference.kv_write
+    rotary_kv_write: Callable[..., Tensor] = rotary_kv_write_reference.rotary_kv_write
     paged_attention: Callable[..., Tensor] = attention_reference.paged_attention
     silu_mul: Callable[..., Tensor] = silu_reference.silu_mul
     kv_pack: Callable[..., Tensor] = kv_pack_reference.kv_pack
@@ -49,6 +54,7 @@ class Operations:
     gumbel_noise: Callable[..., Tensor] = gumbel_reference.gumbel_noise
     apply_penalties: Callable[..., None] = penalties_reference.apply_penalties
     truncate_logits: Callable[..., None] = truncation_reference.truncate_logits
+    sample_tokens: Callable[..., Tensor] = sampling_reference.sample_tokens
 
 
 REFERENCE = Operations()
@@ -59,6 +65,8 @@ def operations(device_type: str) -> Operations:
     """Return what runs on a kind of device: "cpu", "cuda"."""
     if reference_is_forced():
         return REFERENCE
+    if device_type == "cuda" or triton_is_forced():
+        return _triton()
     if device_type == "cpu" and (library := load_library()) is not None:
         return Operations(
             name=library.tandem_kernels_name().decode(),
@@ -76,13 +84,34 @@ def implementation(device: torch.device | str) -> str:
 def runs_compiled_decoder(device: torch.device | str) -> bool:
     """Whether whole forward passes on `device` go to `tandem_kernels.cpu`, not op by op."""
     device_type = torch.device(device).type
-    return device_type == "cpu" and operations(device_type) is not REFERENCE
+    if device_type != "cpu" or triton_is_forced():
+        return False
+    return operations(device_type) is not REFERENCE
 
 
 def reference_is_forced() -> bool:
     """Whether the environment keeps every device on the reference. Raises ValueError if the
     variable says something else."""
     value = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    if value not in ("", "reference"):
-        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {value!r}; allowed: reference, or unset")
+    if value not in ("", "reference", "triton"):
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE} is {value!r}; allowed: reference, triton, or unset"
+        )
     return value == "reference"
+
+
+def triton_is_forced() -> bool:
+    """Whether the environment takes the Triton kernels on every device."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) == "triton"
+
+
+def _triton() -> Operations:
+    """The Triton kernels; the reference, named as such, where `triton` is not installed."""
+    if find_spec("triton") is None:
+        return replace(REFERENCE, name="torch reference (triton is not installed)")
+    from tandem_kernels import triton
+
+    return Operations(
+        name=triton.describe(),
+        **{name: getattr(triton, name) for name in triton.REPLACES},
+    )

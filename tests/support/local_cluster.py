@@ -39,9 +39,9 @@ _PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker"]
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
-def _worker_main(role: str, name: str, config: TandemConfig, pipe: Connection) -> None:
+def _worker_main(role: str, name: str, config: TandemConfig, device: str, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker = _ROLES[role](name, config)
+    worker = _ROLES[role](name, config, device)
     pipe.send(worker.start())
     try:
         pipe.recv()
@@ -107,6 +107,7 @@ class LocalCluster:
     """Started by `local_cluster(...)`."""
 
     config: TandemConfig
+    device: str = "cpu"
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     controller_address: str = ""
     _membership: _Membership = field(default_factory=_Membership)
@@ -120,7 +121,9 @@ class LocalCluster:
         for role, name in workers:
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_worker_main, args=(role, name, self.config, theirs), daemon=True
+                target=_worker_main,
+                args=(role, name, self.config, self.device, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -192,10 +195,10 @@ class LocalCluster:
 
 @asynccontextmanager
 async def local_cluster(
-    config: TandemConfig, prefill: int = 1, decode: int = 1
+    config: TandemConfig, prefill: int = 1, decode: int = 1, device: str = "cpu"
 ) -> AsyncIterator[LocalCluster]:
     """Run a cluster of worker processes for the duration of a test."""
-    cluster = LocalCluster(config)
+    cluster = LocalCluster(config, device)
     server = grpc.aio.server()
     cluster_pb2_grpc.add_ClusterServicer_to_server(cluster._membership, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -4,7 +4,7 @@ Built by the package's install where there is a compiler. Plain C++ behind a C i
 through ctypes; `native/` holds the source.
 """
 
-from tandem_kernels.cpu.context import Context, is_supported
+from tandem_kernels.cpu.context import Context, is_supported, prefer_huge_pages
 from tandem_kernels.cpu.decoder import CompiledDecoder, PackedLayer, PackedModel
 from tandem_kernels.cpu.library import MOST_HEAD_DIM
 from tandem_kernels.cpu.packing import PackedLinear, can_pack, pack_gate_up, pack_linear
@@ -20,4 +20,5 @@ __all__ = [
     "is_supported",
     "pack_gate_up",
     "pack_linear",
+    "prefer_huge_pages",
 ]

@@ -58,6 +58,13 @@ def check(status: int) -> None:
         raise MemoryError("the CPU kernels could not allocate their scratch memory")
 
 
+def prefer_huge_pages(tensor: Tensor) -> None:
+    """Ask for huge pages under a large tensor that has not been written yet. Only advice."""
+    library = load_library()
+    if library is not None:
+        library.tandem_prefer_huge_pages(address(tensor), tensor.numel() * tensor.element_size())
+
+
 def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
     """Return where a contiguous CPU tensor's data lies; None for None.
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tandem_kernels.choice import Choice
 from tandem_kernels.cpu.context import Context, address, check, dtype_code
 from tandem_kernels.cpu.library import CacheStruct, LayerStruct, ModelStruct
-from tandem_kernels.cpu.operations import BatchView, linear
+from tandem_kernels.cpu.operations import BatchView, argmax, draw, linear
 from tandem_kernels.cpu.packing import PackedLinear
 from tandem_kernels.ragged_batch import RaggedBatch
 
@@ -109,6 +111,11 @@ class CompiledDecoder:
             if on_written is not None:
                 on_written(stop)
         return hidden
+
+    @property
+    def choice(self) -> Choice:
+        """The choice of tokens on this decoder's threads."""
+        return Choice(partial(argmax, self.context), partial(draw, self.context))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [rows, vocab_size] for final hidden states."""

@@ -44,10 +44,14 @@ class BatchView:
         )
 
 
-def linear(context: Context, packed: PackedLinear, x: Tensor) -> Tensor:
-    """Return x W^T + bias as float32 [rows, outputs]. x: [rows, inputs], in the weight's dtype."""
+def linear(context: Context, packed: PackedLinear, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return x W^T + bias as float32 [rows, outputs]. x: [rows, inputs], in the weight's dtype.
+    `out`, if given, is filled and returned."""
     rows = _checked_rows(packed, x)
-    out = torch.empty((rows, packed.outputs), dtype=torch.float32)
+    if out is None:
+        out = torch.empty((rows, packed.outputs), dtype=torch.float32)
+    elif tuple(out.shape) != (rows, packed.outputs) or out.dtype != torch.float32:
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}")
     if rows:
         check(context.library.tandem_linear(*_linear_arguments(context, packed, x, out)))
     return out

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tandem_kernels.cpu.context import Context, address, dtype_code
+from tandem_kernels.cpu.context import Context, address, dtype_code, prefer_huge_pages
 from tandem_kernels.cpu.library import PANEL, LinearStruct
 
 
@@ -57,6 +57,7 @@ def _pack(context: Context, parts: list[Tensor], bias: Tensor | None) -> PackedL
         raise ValueError(f"rows of {inputs} {dtype} do not split into units of 32 bits")
     panels_of_part = -(-rows // PANEL)
     panels = torch.empty((len(parts) * panels_of_part, inputs, PANEL), dtype=dtype)
+    prefer_huge_pages(panels)
     for index, part in enumerate(parts):
         context.library.tandem_pack(
             *(context.handle, dtype_code(dtype), address(part), rows, inputs),

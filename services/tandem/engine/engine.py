@@ -7,9 +7,10 @@ with the plan; sequences are read, never changed. Used by one thread, the engine
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 import torch
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from tandem.core.config import CacheConfig, ModelConfig
 from tandem.core.errors import ConfigError
-from tandem.core.request import PositionLogprobs, Request, SampledToken
-from tandem.core.sampling import SamplingParams
+from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.logprobs import position_logprobs
 from tandem.engine.models.compiled import CompiledModel, can_compile
@@ -27,16 +27,22 @@ from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
-from tandem.engine.weights import Checkpoint, Progress
+from tandem.engine.warm_up import warm_up
+from tandem.engine.weights import Checkpoint, Progress, WeightSource
 from tandem.kvcache.storage import KVStorage, bytes_per_token
 from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
+from tandem_kernels.cpu import prefer_huge_pages
+
+if TYPE_CHECKING:
+    from tandem.engine.decode_graphs import DecodeGraphs
 
 log = structlog.get_logger(__name__)
 
 _GROUPS_PER_ITERATION = 4
 _LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once."""
-_WARM_UP_TOKENS = 32
+DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Batch sizes that decode graphs are captured for; a batch is padded up to the next."""
 
 
 class LayerGroup(NamedTuple):
@@ -81,8 +87,10 @@ class Engine:
         device: str = "cpu",
         layers_per_group: int = 0,
         progress: Progress | None = None,
+        weights: WeightSource | None = None,
     ) -> None:
-        """Load the weights. `layers_per_group` 0 makes four groups of layers.
+        """Load the weights, from the model directory's files if no other source is given.
+        `layers_per_group` 0 makes four groups of layers.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -91,7 +99,7 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        with Checkpoint(model_dir, progress) as checkpoint:
+        with weights or Checkpoint(model_dir, progress) as checkpoint:
             loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
             self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups)
         self.num_blocks = _num_blocks(cache, self.spec)
@@ -104,7 +112,10 @@ class Engine:
             dtype=self.spec.torch_dtype,
             device=self.device,
         )
-        self._sampler = Sampler(self.spec.eos_token_ids)
+        if isinstance(self._decoder, CompiledModel):
+            prefer_huge_pages(self.storage.kv)
+        self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
+        self._graphs: DecodeGraphs | None = None
         log.info(
             "model loaded",
             model=self.spec.name,
@@ -118,30 +129,41 @@ class Engine:
     @property
     def kernels(self) -> str:
         """The implementation that forward passes run on, for people to read."""
-        if isinstance(self._decoder, CompiledModel) or self.device.type != "cpu":
-            return implementation(self.device)
-        return REFERENCE.name
+        if runs_compiled_decoder(self.device) and not isinstance(self._decoder, CompiledModel):
+            return REFERENCE.name
+        return implementation(self.device)
 
     def warm_up(self) -> None:
-        """Run a prompt and a decode step through everything once. No block may be in use yet."""
-        length = (
-            min(_WARM_UP_TOKENS, self.num_blocks * self.storage.block_size, self.spec.max_model_len)
-            - 1
-        )
-        if length < 1:
+        """Run prompts and decode steps through everything once, and on CUDA capture the graphs of
+        decode iterations. No block may be in use yet."""
+        warm_up(self, self._progress)
+
+    @torch.inference_mode()
+    def capture_decode(self, sizes: Rows[int] = DECODE_SIZES) -> None:
+        """Replay decode iterations from CUDA graphs from now on; launch them one kernel after the
+        other, as before, where that cannot be. Without CUDA nothing is captured."""
+        decoder = self._decoder
+        if isinstance(decoder, CompiledModel) or not self.kernels.startswith("Triton"):
             return
-        sampling = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)
-        seq = Sequence(Request("warm-up", (0,) * length, length, sampling), arrival=0)
-        seq.block_table = list(range(-(-(length + 1) // self.storage.block_size)))
-        for step, (start, count) in enumerate(((0, length), (length, 1))):
-            if self._progress is not None:
-                self._progress("warming up", step / 2)
-            output = self.run(IterationPlan((ScheduledChunk(seq, start, count),)))
-            seq.token_ids.append(output.tokens[seq].token_id)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        if self._progress is not None:
-            self._progress("warming up", 1.0)
+        from tandem.engine.decode_graphs import DecodeGraphs  # needs the triton package
+
+        try:
+            self._graphs = DecodeGraphs(decoder, self.storage, self.spec.max_model_len, sizes)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[:1]
+            log.warning("decode iterations run without CUDA graphs", reason=reason)
+
+    @property
+    def replays_decode(self) -> bool:
+        """Whether decode iterations come from captured graphs."""
+        return self._graphs is not None
+
+    @torch.inference_mode()
+    def decode_replay(self, chunks: Rows[ScheduledChunk]) -> Callable[[], Tensor]:
+        """The forward pass of one captured decode iteration, to be timed by itself."""
+        if self._graphs is None:
+            raise ValueError("decode iterations are not captured")
+        return self._graphs.prepare(chunks)
 
     @torch.inference_mode()
     def run(self, plan: IterationPlan, on_layers: OnLayers | None = None) -> IterationOutput:
@@ -152,6 +174,10 @@ class Engine:
         """
         if not plan.chunks:
             return IterationOutput()
+        if self._graphs is not None and on_layers is None and self._graphs.takes(plan.chunks):
+            drawn = [chunk.sequence for chunk in plan.chunks]
+            tokens = self._sampler.sample(self._graphs.run(plan.chunks), drawn)
+            return IterationOutput(tokens=dict(zip(drawn, tokens, strict=True)))
         batch = RaggedBatch.build(
             [chunk.sequence.block_table for chunk in plan.chunks],
             [chunk.start for chunk in plan.chunks],

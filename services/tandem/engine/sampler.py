@@ -21,7 +21,7 @@ from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
 from tandem.engine.logprobs import position_logprobs
 from tandem.engine.token_counts import TokenCountsCache
-from tandem_kernels import apply_penalties, gumbel_noise, truncate_logits
+from tandem_kernels import REFERENCE_CHOICE, Choice, apply_penalties, sample_tokens
 
 _MIN_TEMPERATURE = 1e-6
 """Below it a draw equals the greedy choice; dividing by less would overflow."""
@@ -30,8 +30,9 @@ _MIN_TEMPERATURE = 1e-6
 class Sampler:
     """Stateless but for the token counts that penalties need, which are a cache."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...], choice: Choice = REFERENCE_CHOICE) -> None:
         self._eos_token_ids = eos_token_ids
+        self._choice = choice
         self._token_counts = TokenCountsCache()
 
     def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[SampledToken]:
@@ -40,13 +41,35 @@ class Sampler:
         adjusted = self._adjust(logits, sequences, params)
         random_rows = [row for row, sampling in enumerate(params) if not sampling.greedy]
         if len(random_rows) == len(params):
-            token_ids = _draw(adjusted, sequences)
+            token_ids = self._draw(adjusted, sequences)
         else:
-            token_ids = adjusted.argmax(1)
+            token_ids = self._choice.argmax(adjusted)
             if random_rows:
                 rows = torch.tensor(random_rows, device=logits.device)
-                token_ids[rows] = _draw(adjusted[rows], [sequences[row] for row in random_rows])
+                token_ids[rows] = self._draw(
+                    adjusted[rows], [sequences[row] for row in random_rows]
+                )
         return _with_logprobs(logits, token_ids.tolist(), params)
+
+    def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+        """Return int64 [rows]: argmax of truncated logits / temperature + noise."""
+        params = [seq.request.sampling for seq in sequences]
+        device = logits.device
+        scales = (max(sampling.temperature, _MIN_TEMPERATURE) for sampling in params)
+        temperatures = _column(scales, torch.float32, device)
+        seeds = _column((_as_int64(sampling.seed) for sampling in params), torch.int64, device)
+        positions = _column((seq.num_tokens for seq in sequences), torch.int64, device)
+        if not any(map(_truncates, params)):
+            return self._choice.draw(logits, temperatures, seeds, positions)
+        return sample_tokens(
+            logits,
+            temperatures,
+            seeds,
+            positions,
+            _column((sampling.top_k for sampling in params), torch.int64, device),
+            _column((sampling.top_p for sampling in params), torch.float64, device),
+            _column((sampling.min_p for sampling in params), torch.float32, device),
+        )
 
     def _adjust(
         self, logits: Tensor, sequences: Rows[Sequence], params: Rows[SamplingParams]
@@ -108,34 +131,8 @@ class Sampler:
         logits[index] = selected
 
 
-def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """Return int64 [rows]: argmax of truncated logits / temperature + noise."""
-    params = [seq.request.sampling for seq in sequences]
-    device = logits.device
-
-    def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=device)
-
-    # Only differences matter; taken from the maximum, no division can overflow.
-    scaled = logits - logits.amax(1, keepdim=True)
-    temperatures = (max(sampling.temperature, _MIN_TEMPERATURE) for sampling in params)
-    scaled /= column(temperatures, torch.float32)[:, None]
-    seeds = column((_as_int64(sampling.seed) for sampling in params), torch.int64)
-    positions = column((seq.num_tokens for seq in sequences), torch.int64)
-    if not any(map(_truncates, params)):
-        vocab = torch.arange(logits.shape[1], device=device)
-        return scaled.add_(gumbel_noise(seeds, positions, vocab)).argmax(1)
-    truncate_logits(
-        scaled,
-        column((sampling.top_k for sampling in params), torch.int64),
-        column((sampling.top_p for sampling in params), torch.float64),
-        column((sampling.min_p for sampling in params), torch.float32),
-    )
-    # Few tokens are left as a rule: only those get noise.
-    rows, token_ids = torch.isfinite(scaled).nonzero(as_tuple=True)
-    noise = gumbel_noise(seeds[rows], positions[rows], token_ids[:, None])
-    scaled[rows, token_ids] += noise[:, 0]
-    return scaled.argmax(1)
+def _column(values: Iterable[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(list(values), dtype=dtype, device=device)
 
 
 def _with_logprobs(

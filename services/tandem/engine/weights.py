@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +46,25 @@ def find_weight_files(model_dir: Path) -> list[Path]:
         if not path.is_file():
             raise ModelLoadError(f"{path}: missing, but named in {INDEX_FILE}")
     return paths
+
+
+class WeightSource(Protocol):
+    """Where a decoder's tensors come from."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Copy a tensor into `out`, converting its dtype."""
+
+    def check_all_read(self, ignored: Sequence[str] = ()) -> None:
+        """Raise `ModelLoadError` naming tensors that nothing asked for."""
 
 
 class Checkpoint:

@@ -66,11 +66,18 @@ class KVStorage:
     def pack(
         self, first_layer: int, num_layers: int, slots: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """Return a contiguous copy, [num_layers, 2, len(slots), num_kv_heads, head_dim]."""
+        """Return a contiguous copy, [num_layers, 2, len(slots), num_kv_heads, head_dim].
+
+        `out` may lie in host memory while the blocks are on a device; the copy is then queued.
+        """
+        if out is not None and out.device != self.device:
+            packed = kv_pack(self.kv, first_layer, num_layers, slots)
+            return out.copy_(packed, non_blocking=True)
         return kv_pack(self.kv, first_layer, num_layers, slots, out)
 
     def unpack(self, first_layer: int, num_layers: int, slots: Tensor, staging: Tensor) -> None:
-        """Write a packed buffer into the slots."""
+        """Write a packed buffer, which may lie in host memory, into the slots."""
+        staging = staging.to(self.device, non_blocking=True)
         kv_unpack(self.kv, first_layer, num_layers, slots, staging)
 
 

@@ -1,10 +1,20 @@
 // The C interface: checks nothing that its Python caller has checked, throws nothing across.
+#include <sys/mman.h>
+
 #include <cstring>
 #include <new>
 
 #include "kernels.h"
 
 namespace tandem {
+
+void prefer_huge_pages(void* memory, int64_t bytes) {
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (end >= start + (1 << 21)) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+}
+
 namespace {
 
 const Kernels* best_kernels() {
@@ -72,6 +82,11 @@ Context* tandem_context_create(int64_t threads, const char* name) {
 }
 
 void tandem_context_destroy(Context* context) { delete context; }
+
+// For memory that has not been written yet.
+void tandem_prefer_huge_pages(void* memory, int64_t bytes) {
+  tandem::prefer_huge_pages(memory, bytes);
+}
 
 void tandem_pack(Context* context, int64_t dtype, const void* weight, int64_t rows, int64_t inputs,
                  uint32_t* panels, int64_t first_panel, int64_t panel_step) {

@@ -116,29 +116,42 @@ static void pack_keys(const uint32_t* const* rows, int64_t units, uint32_t* pane
   }
 }
 
-static inline uint32_t value_unit(const float* const* rows, int64_t unit, int64_t column) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, rows[unit] + column, 4);
-  return bits;
-}
-
-static inline uint32_t value_unit(const bf16* const* rows, int64_t unit, int64_t column) {
-  return rows[2 * unit][column].bits |
-         static_cast<uint32_t>(rows[2 * unit + 1][column].bits) << 16;
-}
-
-// Lay the values of neighbouring keys out as one row of units of the panels over a head's columns.
-template <class T>
-static void pack_values(const T* const* rows, int64_t unit, int64_t units, int64_t width,
-                        uint32_t* panels) {
-  for (int64_t first = 0; first < width; first += kPanel) {
-    uint32_t* to = panels + (first / kPanel * units + unit) * kPanel;
-    if (first + kPanel <= width) {
-      for (int64_t c = 0; c < kPanel; ++c) to[c] = value_unit(rows, unit, first + c);
-    } else {
-      for (int64_t c = 0; c < kPanel; ++c) to[c] = first + c < width ? value_unit(rows, unit, first + c) : 0;
-    }
+// One unit row of a panel over columns of a head: the values of the keys that share a unit.
+static inline void value_units(const float* const* rows, int64_t column, int64_t count,
+                               uint32_t* to) {
+  const float* from = rows[0] + column;
+  if (count == kPanel) {
+    __builtin_memcpy(to, from, kPanel * 4);
+    return;
   }
+  float* out = reinterpret_cast<float*>(to);
+#if VW == 16
+  _mm512_storeu_ps(out, _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : (1u << count) - 1, from));
+  const __mmask16 high = count > 16 ? (1u << (count - 16)) - 1 : 0;
+  _mm512_storeu_ps(out + 16, _mm512_maskz_loadu_ps(high, from + 16));
+#else
+  for (int64_t c = 0; c < kPanel; ++c) out[c] = c < count ? from[c] : 0.0f;
+#endif
+}
+
+static inline void value_units(const bf16* const* rows, int64_t column, int64_t count,
+                               uint32_t* to) {
+  const bf16 *first = rows[0] + column, *second = rows[1] + column;
+#if VW == 16
+  const __mmask32 mask = count == kPanel ? ~0u : (1u << count) - 1;
+  const __m512i whole_a = _mm512_maskz_loadu_epi16(mask, first);
+  const __m512i whole_b = _mm512_maskz_loadu_epi16(mask, second);
+  const __m512i a = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(whole_a));
+  const __m512i b = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(whole_b));
+  const __m512i a_high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(whole_a, 1));
+  const __m512i b_high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(whole_b, 1));
+  _mm512_storeu_si512(to, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  _mm512_storeu_si512(to + 16, _mm512_or_si512(a_high, _mm512_slli_epi32(b_high, 16)));
+#else
+  for (int64_t c = 0; c < kPanel; ++c) {
+    to[c] = c < count ? first[c].bits | static_cast<uint32_t>(second[c].bits) << 16 : 0;
+  }
+#endif
 }
 
 // The rearranged keys and values of one tile, and the buffers of one thread.
@@ -174,25 +187,36 @@ static void pack_tile(const Attention& a, const AttentionShape& shape, const Uni
   const TandemBatch& batch = *a.batch;
   const int64_t* table = batch.block_tables + unit.sequence * batch.table_width;
   const int64_t begin = tile * kTileKeys;
-  const T *keys[kTileKeys], *values[kTileKeys];
-  for (int64_t key = 0; key < kTileKeys; ++key) {
-    keys[key] = values[key] = reinterpret_cast<const T*>(kZeros);
-    const int64_t position = begin + key;
-    if (position >= keys_end) continue;
-    const int64_t slot =
-        table[position / batch.block_size] * batch.block_size + position % batch.block_size;
-    const int64_t offset = (slot * a.kv_heads + unit.kv_head) * a.head_dim;
-    keys[key] = static_cast<const T*>(a.keys) + offset;
-    values[key] = static_cast<const T*>(a.values) + offset;
-  }
   const int64_t used = least_of(kTileKeys, keys_end - begin);
+  const T *keys[kTileKeys], *values[kTileKeys];
+  int64_t block = begin / batch.block_size, offset = begin % batch.block_size;
+  for (int64_t key = 0; key < used; ++block, offset = 0) {
+    const int64_t first = table[block] * batch.block_size;
+    for (; offset < batch.block_size && key < used; ++offset, ++key) {
+      const int64_t at = ((first + offset) * a.kv_heads + unit.kv_head) * a.head_dim;
+      keys[key] = static_cast<const T*>(a.keys) + at;
+      values[key] = static_cast<const T*>(a.values) + at;
+      // Rows of other heads lie between ours: too far apart for the processor's own prefetcher.
+      for (int64_t ahead = 0; ahead < a.head_dim; ahead += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(keys[key] + ahead);
+        __builtin_prefetch(values[key] + ahead);
+      }
+    }
+  }
+  const int64_t padded = (used + kPanel - 1) / kPanel * kPanel;
+  for (int64_t key = used; key < padded; ++key) {
+    keys[key] = values[key] = reinterpret_cast<const T*>(kZeros);
+  }
   for (int64_t first = 0; first < used; first += kPanel) {
     pack_keys(reinterpret_cast<const uint32_t* const*>(keys + first), shape.head_units,
               bench.keys + first * shape.head_units);
   }
   const int64_t units = kTileKeys / kPerUnit<T>;
   for (int64_t k = 0; k * kPerUnit<T> < used; ++k) {
-    pack_values<T>(values, k, units, a.head_dim, bench.values);
+    for (int64_t column = 0; column < a.head_dim; column += kPanel) {
+      value_units(values + k * kPerUnit<T>, column, least_of(kPanel, a.head_dim - column),
+                  bench.values + (column / kPanel * units + k) * kPanel);
+    }
   }
 }
 

@@ -12,6 +12,10 @@
 
 namespace tandem {
 
+// Asks for huge pages where a whole one fits: weights and KV are read faster than 4 KiB pages can be
+// looked up. Only advice: nothing depends on it.
+void prefer_huge_pages(void* memory, int64_t bytes);
+
 // A buffer of one kind that grows and never shrinks. 64-byte aligned, contents undefined.
 class Buffer {
  public:
@@ -31,6 +35,7 @@ class Buffer {
       capacity_ = 0;
       data_ = std::aligned_alloc(64, static_cast<size_t>(rounded));
       if (data_ == nullptr) throw std::bad_alloc();
+      prefer_huge_pages(data_, rounded);
       capacity_ = rounded;
     }
     return data_;

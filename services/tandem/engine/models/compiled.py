@@ -17,7 +17,7 @@ from tandem.engine.models.decoder import Layer
 from tandem.engine.models.layers import Linear, Loader, OnWritten
 from tandem.engine.models.rope import inverse_frequencies
 from tandem.kvcache.storage import KVStorage
-from tandem_kernels import RaggedBatch, cpu
+from tandem_kernels import Choice, RaggedBatch, cpu
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class CompiledModel:
         return self.decoder.forward(
             token_ids, batch, storage.kv, wanted_rows, on_written, self.group_ends
         )
+
+    @property
+    def choice(self) -> Choice:
+        """What draws tokens from this model's logits."""
+        return self.decoder.choice
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [rows, vocab_size] for final hidden states."""

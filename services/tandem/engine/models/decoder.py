@@ -15,7 +15,15 @@ from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.layers import Attention, FeedForward, Iteration, Linear, Loader, OnWritten
 from tandem.engine.models.rope import inverse_frequencies
 from tandem.kvcache.storage import KVStorage
-from tandem_kernels import RaggedBatch, add_rms_norm, rms_norm, rotary_tables
+from tandem_kernels import (
+    REFERENCE_CHOICE,
+    Choice,
+    RaggedBatch,
+    add_rms_norm,
+    rms_norm,
+    rotary_tables,
+    sample_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,11 @@ class Decoder:
             following = self.final_norm if index == last else self.layers[index + 1].attention_norm
             normed, residual = add_rms_norm(x, residual, following, eps)
         return normed
+
+    @property
+    def choice(self) -> Choice:
+        """What draws tokens from this model's logits."""
+        return Choice(REFERENCE_CHOICE.argmax, sample_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [rows, vocab_size] for final hidden states."""

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from tandem.engine.models.config import DecoderConfig
-from tandem.engine.weights import Checkpoint
-from tandem_kernels import RaggedBatch, apply_rotary, kv_write, paged_attention, rms_norm, silu_mul
+from tandem.engine.weights import WeightSource
+from tandem_kernels import RaggedBatch, paged_attention, rms_norm, rotary_kv_write, silu_mul
 
 
 @dataclass(frozen=True)
 class Loader:
     """Where weights come from and how they are to be held."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     dtype: torch.dtype
     device: torch.device
 
@@ -110,15 +110,13 @@ class Attention:
         """Put the tokens' keys and values into the cache; return the queries [tokens, heads,
         head_dim]."""
         heads = self.qkv(x).view(len(x), -1, self.head_dim)
-        rotated, value = torch.split(
+        heads, value = torch.split(
             heads, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1
         )
         if self.head_norm is not None:
-            rotated = rms_norm(rotated, self.head_norm, self.eps)
-        rotated = apply_rotary(rotated, iteration.cos, iteration.sin)
-        query, key = torch.split(rotated, [self.num_heads, self.num_kv_heads], dim=1)
-        kv_write(*cache, iteration.batch.slots, key, value)
-        return query
+            heads = rms_norm(heads, self.head_norm, self.eps)
+        slots = iteration.batch.slots
+        return rotary_kv_write(heads, value, iteration.cos, iteration.sin, *cache, slots)
 
     def read(self, query: Tensor, iteration: Iteration, cache: tuple[Tensor, Tensor]) -> Tensor:
         """Return what the queries see, [tokens, heads * head_dim], before the output projection."""
