@@ -29,6 +29,8 @@ class RequestInfo:
     """Made by the middleware for every request."""
 
     request_id: str
+    tenant: str = ""
+    """On whose account, as the client or a proxy in front of us says: header `x-tenant`."""
     arrival: float = field(default_factory=time.perf_counter)
     outcome: Outcome | None = None
     """Set where the HTTP status does not tell how it went: streams and clients that left."""
