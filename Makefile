@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard kernels/tandem_kernels/cpu/native/*
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev]'
+	@$(BIN)/python -c "import tandem_kernels; print('==> CPU kernels:', tandem_kernels.implementation('cpu'))"
 	@touch $(STAMP)
 
 install: $(STAMP)  ## create .venv and install Tandem with its tools
