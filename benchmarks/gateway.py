@@ -76,8 +76,8 @@ def measure(load: Load, model: Path) -> Figures:
         "tokens_per_second": tokens / (last - sent[0]),
         "cpu_us": server_cpu / tokens * 1e6,
         "client_cpu_us": client_cpu / tokens * 1e6,
-        "added_p50": percentile(added, 50) or 0.0,
-        "added_p99": percentile(added, 99) or 0.0,
+        "added_p50": percentile(added, 50),
+        "added_p99": percentile(added, 99),
         "tokens_per_read": tokens / sum(len(stream) for stream in arrivals),
     }
 
@@ -92,7 +92,10 @@ def measure_requests(load: Load, model: Path) -> Figures:
         with _process(many_streams.command(client_job)) as client:
             assert client.stdout is not None
             seconds = json.loads(client.stdout.read())["seconds"]
-    return {"added_p50": percentile(seconds, 50) or 0.0, "added_p99": percentile(seconds, 99) or 0.0}
+    return {
+        "added_p50": percentile(seconds, 50) or 0.0,
+        "added_p99": percentile(seconds, 99) or 0.0,
+    }
 
 
 def _added_seconds(sent: list[float], arrivals: list[list[tuple[float, int]]]) -> list[float]:

@@ -99,9 +99,7 @@ async def _run(job: ClientJob) -> dict[str, Any]:
     async def stream() -> list[tuple[float, int]]:
         async with connecting:
             start = time.monotonic()
-            _, protocol = await loop.create_connection(
-                lambda: _Stream(request), job.host, job.port
-            )
+            _, protocol = await loop.create_connection(lambda: _Stream(request), job.host, job.port)
             if job.one_by_one:
                 await protocol.finished
                 seconds.append(time.monotonic() - start)

@@ -60,7 +60,7 @@ def say(**content: Any) -> None:
 
 
 def write_model(directory: Path) -> None:
-    """Write the files that a gateway needs: a byte-level tokenizer with words that hold the mark."""
+    """Write what a gateway needs: a byte-level tokenizer with words that hold the mark."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ("Ġw" + "".join(letters) for letters in product("abcde", repeat=3))
     texts = ["<|end|>", *alphabet, *islice(words, WORDS)]
