@@ -1,4 +1,4 @@
-"""Tiny models, made once per session."""
+"""Tiny models, made once per session, and the choice of kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tandem_kernels.cpu.library import load_library
+from tandem_kernels.implementation import ENVIRONMENT_VARIABLE, operations
 from tiny_models import make_tiny_model
 
 TinyModel = Callable[[str], Path]
@@ -19,6 +21,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["C++", "reference"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test with each implementation of the operations on CPUs."""
+    if request.param == "reference":
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    elif load_library() is None:
+        pytest.skip("installed without a C++ compiler")
+    operations.cache_clear()
+    yield request.param
+    operations.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine import Engine, IterationOutput, LayerGroup
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 PROMPTS = {"a": [3, 9, 27, 81], "b": list(range(40)), "c": [200], "d": list(range(90, 20, -1))}
 SAMPLING = {
     "a": SamplingParams(max_tokens=12, seed=1, ignore_eos=True),

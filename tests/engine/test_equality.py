@@ -15,6 +15,8 @@ from tests.engine.driver import Driver, greedy, make_engine, request
 from tandem.core.sampling import SamplingParams
 from tiny_models import ARCHITECTURES
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 NEW_TOKENS = 16
 PROMPT_LENGTHS = (1, 2, 7, 16, 33, 70, 150)
 # (chunk size, block size, iterations between two requests)

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -66,8 +66,9 @@ class WorkerProcess:
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
-        """Kill -9, and wait until the process is gone."""
-        self.signal(signal.SIGKILL)
+        """Kill -9, unless it is gone already, and wait until it is."""
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
         self.process.join(10)
 
     def stop(self) -> None:

@@ -40,6 +40,8 @@ class Leg:
     landing: LandingProgress | None = None
     first_token_at: float | None = None
     last_piece_at: float = 0.0
+    last_event_at: float = 0.0
+    """When anything was last heard of it, once it is granted."""
     transfer_seconds: float = 0.0
     kv_bytes: int = 0
 

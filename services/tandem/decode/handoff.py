@@ -79,6 +79,7 @@ class Handoff:
             raise ValueError(f"{active.key}: admitted as remote without a leg")
         if sequence.num_uncomputed <= self._runtime.config.worker.local_prefill_max_tokens:
             self.abandon(active)
+            active.prefill_worker = ""
             self._runtime.scheduler.fall_back(sequence)
             return
         self._grant(active, leg)
@@ -94,6 +95,14 @@ class Handoff:
         if leg.was_asked:
             cancel = worker_pb2.CancelPrefill(leg_id=leg.leg_id)
             leg.peer.send(worker_pb2.DecodeToPrefill(cancel=cancel))
+
+    def tick(self, now: float) -> None:
+        """Fail legs that were granted and of which nothing has been heard for too long."""
+        timeout = self._runtime.config.worker.progress_timeout
+        for active in list(self._legs.values()):
+            leg = active.leg
+            if leg and leg.phase == "granted" and now - leg.last_event_at > timeout:
+                self._fail(active, leg, f"no chunk and no KV for {timeout:g} s")
 
     def close(self) -> None:
         """End every stream to a peer."""
@@ -112,6 +121,7 @@ class Handoff:
             self._runtime.metrics.stale.inc()
             return
         leg = active.leg
+        leg.last_event_at = time.monotonic()
         match kind:
             case "offer":
                 self._offered(active, leg)
@@ -140,11 +150,15 @@ class Handoff:
         leg = active.leg if active is not None else None
         if active is None or leg is None or leg.landing is None:
             return
-        leg.landing.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
+        try:
+            leg.landing.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
+        except ValueError as error:
+            self._fail(active, leg, str(error))
+            return
         leg.transfer_seconds += piece.seconds
         leg.kv_bytes += piece.num_bytes
         self._runtime.metrics.kv_bytes.inc(piece.num_bytes)
-        leg.last_piece_at = time.monotonic()
+        leg.last_piece_at = leg.last_event_at = time.monotonic()
         self._note_landed(active, leg)
         self._complete(active, leg)
 
@@ -188,6 +202,7 @@ class Handoff:
         runtime, sequence = self._runtime, active.sequence
         held = min(sequence.num_computed, leg.num_tokens - 1)
         leg.phase = "granted"
+        leg.last_event_at = time.monotonic()
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
         self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
         slots = runtime.engine.storage.slots(sequence.block_table, held, leg.num_tokens)

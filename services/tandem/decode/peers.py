@@ -67,6 +67,7 @@ class PrefillPeer:
         """End the stream from our side."""
         self.lost = True
         self._outbox.close()
+        self.transfer.close()
         self._task.cancel()
 
     def _send_link(self, message: worker_pb2.LinkMessage) -> None:

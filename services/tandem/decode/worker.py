@@ -108,6 +108,7 @@ class DecodeWorker:
 
     def step(self) -> bool:
         """Schedule, run, hand out. Returns whether anything changed."""
+        self._flush()  # first tokens that prefill workers sampled need not wait for this iteration
         plan = self._runtime.scheduler.schedule()
         for sequence in plan.preempted:
             self._preempted(self._by_sequence[sequence])
@@ -115,13 +116,13 @@ class DecodeWorker:
             self._admitted(self._by_sequence[sequence])
         if plan.chunks:
             self._runtime.iterate(plan, lambda: self._run(plan))
-        for session in self._sessions:
-            session.flush(self._runtime.iterations)
+        self._flush()
         return bool(plan.chunks or plan.preempted or plan.admitted)
 
     def tick(self) -> None:
-        """Apply the deadlines of the queue and of a reassignment."""
+        """Apply the deadlines of the queue, of a prefill elsewhere and of a reassignment."""
         now, config = time.monotonic(), self._runtime.config.worker
+        self._handoff.tick(now)
         for active in list(self._active.values()):
             since = active.awaiting_reassign_since
             if since is not None and now - since > config.reassign_timeout:
@@ -173,6 +174,10 @@ class DecodeWorker:
                 reason=reason,
             )
         )
+
+    def _flush(self) -> None:
+        for session in self._sessions:
+            session.flush(self._runtime.iterations)
 
     # -- steps of a request
 

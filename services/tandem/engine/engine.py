@@ -21,13 +21,15 @@ from tandem.core.request import PositionLogprobs, Request, SampledToken
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.logprobs import position_logprobs
+from tandem.engine.models.compiled import CompiledModel, can_compile
+from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.weights import Checkpoint, Progress
 from tandem.kvcache.storage import KVStorage, bytes_per_token
-from tandem_kernels import RaggedBatch
+from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
 
 log = structlog.get_logger(__name__)
 
@@ -91,7 +93,7 @@ class Engine:
         self._progress = progress
         with Checkpoint(model_dir, progress) as checkpoint:
             loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
-            self._decoder = Decoder.load(loader, self.spec.decoder)
+            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups)
         self.num_blocks = _num_blocks(cache, self.spec)
         self.storage = KVStorage(
             num_layers=self.spec.num_layers,
@@ -109,8 +111,16 @@ class Engine:
             architecture=self.spec.architecture,
             dtype=self.spec.dtype,
             device=str(self.device),
+            kernels=self.kernels,
             num_blocks=self.num_blocks,
         )
+
+    @property
+    def kernels(self) -> str:
+        """The implementation that forward passes run on, for people to read."""
+        if isinstance(self._decoder, CompiledModel) or self.device.type != "cpu":
+            return implementation(self.device)
+        return REFERENCE.name
 
     def warm_up(self) -> None:
         """Run a prompt and a decode step through everything once. No block may be in use yet."""
@@ -223,6 +233,17 @@ class Engine:
             logits = self._decoder.logits(states)
             result.extend(position_logprobs(logits, chosen, [count] * len(chosen)))
         return result
+
+
+def _load_decoder(
+    loader: Loader, config: DecoderConfig, layer_groups: tuple[tuple[int, int], ...]
+) -> Decoder | CompiledModel:
+    """Load the decoder in the form that the kernels of its device want."""
+    if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
+        return CompiledModel.load(
+            loader, config, [first + count - 1 for first, count in layer_groups]
+        )
+    return Decoder.load(loader, config)
 
 
 def _layer_groups(num_layers: int, layers_per_group: int) -> tuple[tuple[int, int], ...]:

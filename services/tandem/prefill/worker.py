@@ -136,7 +136,11 @@ class PrefillWorker:
         leg = self._legs.get((peer, piece.leg_id))
         if leg is None or leg.fetched is None or leg.phase != "fetching":
             return
-        leg.fetched.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
+        try:
+            leg.fetched.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
+        except ValueError as error:
+            self._fail(leg, str(error))
+            return
         if leg.fetched.contiguous >= leg.held_tokens:
             self._runtime.scheduler.landed(leg.sequence, leg.held_tokens)
             peer.transfer.finish_receives(leg.leg_id)

@@ -1,0 +1,72 @@
+"""A context: the threads that work for one caller, and the scratch memory that they share.
+
+One thread uses a context at a time. While nothing runs its threads sleep.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import torch
+from torch import Tensor
+
+from tandem_kernels.cpu.library import load_library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def is_supported(dtype: torch.dtype) -> bool:
+    """Whether the kernels know this dtype of weights, activations and KV."""
+    return dtype in _DTYPES
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Return the library's number of a dtype. Raises `ValueError` for others than float32 and
+    bfloat16."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}; allowed: {', '.join(map(str, _DTYPES))}")
+    return _DTYPES[dtype]
+
+
+class Context:
+    """Owns `threads` threads, the caller among them."""
+
+    def __init__(
+        self, threads: int, kernels: str | None = None, library: ctypes.CDLL | None = None
+    ) -> None:
+        """`kernels`: the name of a lesser instruction set than the machine's best, for tests.
+
+        Raises `RuntimeError` where there is no library or the machine has no such instructions.
+        """
+        found = library if library is not None else load_library()
+        if found is None:
+            raise RuntimeError("the C++ kernels were not built when the package was installed")
+        self.library: ctypes.CDLL = found
+        self.threads = threads
+        name = None if kernels is None else kernels.encode()
+        handle = found.tandem_context_create(threads, name)
+        if not handle:
+            raise RuntimeError(f"no kernels named {kernels!r} for this machine")
+        self.handle: int = handle
+        weakref.finalize(self, found.tandem_context_destroy, handle)
+
+
+def check(status: int) -> None:
+    """Raise `MemoryError` for a call that could not get its scratch memory."""
+    if status != 0:
+        raise MemoryError("the CPU kernels could not allocate their scratch memory")
+
+
+def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
+    """Return where a contiguous CPU tensor's data lies; None for None.
+
+    Raises `ValueError` for a tensor that the kernels could not read.
+    """
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"a {tensor.device.type} tensor of strides {tensor.stride()} was given")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"dtype is {tensor.dtype}; allowed: {dtype}")
+    return tensor.data_ptr()

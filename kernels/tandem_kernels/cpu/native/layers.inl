@@ -1,0 +1,81 @@
+// What lies between the linear layers and attention: norms, rotary embedding and the KV write.
+
+// out = weight * x / rms(x), row by row. The normed value is rounded to T once, with its weight.
+template <class T>
+static void norm_row(const float* x, const T* weight, int64_t width, float eps, T* out) {
+  vf squares = vf{};
+  int64_t c = 0;
+  for (; c + VW <= width; c += VW) {
+    const vf value = load<vf>(x + c);
+    squares += value * value;
+  }
+  float total = sum_lanes(squares);
+  for (; c < width; ++c) total += x[c] * x[c];
+  const float factor = 1.0f / __builtin_sqrtf(total / static_cast<float>(width) + eps);
+  for (c = 0; c < width; ++c) narrow(x[c] * factor * widen(weight[c]), out + c);
+}
+
+// All threads; ends with a barrier.
+template <class T>
+static void norm_phase(Member& member, const float* x, const void* weight, int64_t rows,
+                       int64_t width, float eps, T* out) {
+  for (int64_t row = member.index(); row < rows; row += member.size()) {
+    norm_row(x + row * width, static_cast<const T*>(weight), width, eps, out + row * width);
+  }
+  member.barrier();
+}
+
+// Rotate one head, element i of its first half with element i of its second.
+template <class T>
+static void rotate_head(const float* x, const float* cosines, const float* sines, int64_t half,
+                        T* out) {
+  for (int64_t i = 0; i < half; ++i) {
+    narrow(x[i] * cosines[i] - x[i + half] * sines[i], out + i);
+    narrow(x[i + half] * cosines[i] + x[i] * sines[i], out + i + half);
+  }
+}
+
+// Norm one query or key head in place, where the model does so.
+template <class T>
+static void norm_head(float* x, const T* weight, int64_t width, float eps) {
+  float total = 0.0f;
+  for (int64_t i = 0; i < width; ++i) total += x[i] * x[i];
+  const float factor = 1.0f / __builtin_sqrtf(total / static_cast<float>(width) + eps);
+  for (int64_t i = 0; i < width; ++i) x[i] = x[i] * factor * widen(weight[i]);
+}
+
+// Queries go to `query`; keys and values to their slots. All threads; ends with a barrier.
+template <class T>
+static void rotary_kv_phase(Member& member, const TandemModel& model, const TandemLayer& layer,
+                            const TandemBatch& batch, const float* projected, T* query, T* keys,
+                            T* values) {
+  const int64_t width = model.head_dim, half = width / 2;
+  const int64_t heads = model.heads, kv_heads = model.kv_heads;
+  constexpr int64_t kMostHalf = TANDEM_MOST_HEAD_DIM / 2;
+  float cosines[kMostHalf], sines[kMostHalf], head[2 * kMostHalf];
+  for (int64_t row = member.index(); row < batch.num_tokens; row += member.size()) {
+    const float* x = projected + row * (heads + 2 * kv_heads) * width;
+    const float position = static_cast<float>(batch.positions[row]);
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = position * model.inverse_frequencies[i];
+      cosines[i] = __builtin_cosf(angle);
+      sines[i] = __builtin_sinf(angle);
+    }
+    T* key_out = keys + batch.slots[row] * kv_heads * width;
+    for (int64_t h = 0; h < heads + kv_heads; ++h) {
+      const float* from = x + h * width;
+      if (layer.head_norm != nullptr) {
+        __builtin_memcpy(head, from, static_cast<size_t>(width) * 4);
+        norm_head(head, static_cast<const T*>(layer.head_norm) + h * width, width,
+                  static_cast<float>(model.eps));
+        from = head;
+      }
+      T* to = h < heads ? query + (row * heads + h) * width : key_out + (h - heads) * width;
+      rotate_head(from, cosines, sines, half, to);
+    }
+    const float* from = x + (heads + kv_heads) * width;
+    T* value_out = values + batch.slots[row] * kv_heads * width;
+    for (int64_t i = 0; i < kv_heads * width; ++i) narrow(from[i], value_out + i);
+  }
+  member.barrier();
+}

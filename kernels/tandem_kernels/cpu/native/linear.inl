@@ -1,0 +1,301 @@
+// Linear layers over packed weights, for any number of rows.
+//
+// Every output is one chain of multiply-adds over the inputs in order, so its bits depend neither on
+// the other rows, nor on how rows are grouped, nor on the number of threads. Weights are read once
+// per kMaxRows rows from memory and from the second-level cache after that.
+
+constexpr int kPanel = 32;
+constexpr int kLanes = kPanel / VW;  // vectors across a panel
+
+template <class T>
+static inline int64_t units_of(int64_t inputs) {
+  return inputs / kPerUnit<T>;
+}
+
+// Rows fall into groups of nearly equal size; a group's inputs lie together, [units][rows of group].
+struct Groups {
+  int64_t rows, count;
+  Groups(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
+  int64_t start(int64_t group) const { return group * (rows / count) + least(group); }
+  int64_t size(int64_t group) const { return start(group + 1) - start(group); }
+
+ private:
+  int64_t least(int64_t group) const { return group < rows % count ? group : rows % count; }
+};
+
+template <class T, int R>
+struct Tile {
+  // tile [R][32] = the inner products of R rows, x [units][R], with one panel [units][32].
+  static void run(const uint32_t* x, const uint32_t* panel, int64_t units, float* tile);
+};
+
+#if defined(TANDEM_DPBF16)
+template <int R>
+struct Tile<bf16, R> {
+  static void run(const uint32_t* x, const uint32_t* panel, int64_t units, float* tile) {
+    __m512 sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < units; ++k) {
+      const __m512bh low = (__m512bh)_mm512_loadu_si512(panel + k * kPanel);
+      const __m512bh high = (__m512bh)_mm512_loadu_si512(panel + k * kPanel + 16);
+      // Rows of the stream that the processor's own prefetcher stops short of at page ends.
+      __builtin_prefetch(panel + k * kPanel + 2048);
+      __builtin_prefetch(panel + k * kPanel + 2048 + 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[k * R + r]));
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], low, both);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], high, both);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      _mm512_storeu_ps(tile + r * kPanel, sum[r][0]);
+      _mm512_storeu_ps(tile + r * kPanel + 16, sum[r][1]);
+    }
+  }
+};
+#else
+template <int R>
+struct Tile<bf16, R> {
+  static void run(const uint32_t* x, const uint32_t* panel, int64_t units, float* tile) {
+    vf sum[R][kLanes];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kLanes; ++v) sum[r][v] = vf{};
+    for (int64_t k = 0; k < units; ++k) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kLanes; ++v) {
+        const vu both = load<vu>(panel + k * kPanel + v * VW);
+        const vf first = bits_as_float(both << 16), second = bits_as_float(both & 0xffff0000u);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const uint32_t pair = x[k * R + r];
+          sum[r][v] += first * bits_as_float((vu){} + (pair << 16));
+          sum[r][v] += second * bits_as_float((vu){} + (pair & 0xffff0000u));
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kLanes; ++v) store(tile + r * kPanel + v * VW, sum[r][v]);
+  }
+};
+#endif
+
+template <int R>
+struct Tile<float, R> {
+  static void run(const uint32_t* x, const uint32_t* panel, int64_t units, float* tile) {
+    vf sum[R][kLanes];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kLanes; ++v) sum[r][v] = vf{};
+    const float* rows = reinterpret_cast<const float*>(x);
+    const float* weights = reinterpret_cast<const float*>(panel);
+    for (int64_t k = 0; k < units; ++k) {
+#if VW == 16
+      __builtin_prefetch(weights + k * kPanel + 2048);
+      __builtin_prefetch(weights + k * kPanel + 2048 + 16);
+#endif
+      vf column[kLanes];
+#pragma GCC unroll 8
+      for (int v = 0; v < kLanes; ++v) column[v] = load<vf>(weights + k * kPanel + v * VW);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const vf both = splat(rows[k * R + r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kLanes; ++v) sum[r][v] += column[v] * both;
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kLanes; ++v) store(tile + r * kPanel + v * VW, sum[r][v]);
+  }
+};
+
+template <class T>
+static void run_tile(int64_t rows, const uint32_t* x, const uint32_t* panel, int64_t units,
+                     float* tile) {
+  switch (rows) {
+#define TANDEM_CASE(R) \
+  case R:              \
+    return Tile<T, (R <= kMaxRows ? R : 1)>::run(x, panel, units, tile);
+    TANDEM_CASE(1)
+    TANDEM_CASE(2)
+    TANDEM_CASE(3)
+    TANDEM_CASE(4)
+    TANDEM_CASE(5)
+    TANDEM_CASE(6)
+    TANDEM_CASE(7)
+    TANDEM_CASE(8)
+    TANDEM_CASE(9)
+    TANDEM_CASE(10)
+    TANDEM_CASE(11)
+    TANDEM_CASE(12)
+    TANDEM_CASE(13)
+#undef TANDEM_CASE
+    default:
+      return;
+  }
+}
+
+// Lay units [from, to) of one group's rows, each `units` long, out as [units][rows].
+static void interleave(const uint32_t* rows, int64_t count, int64_t units, int64_t from, int64_t to,
+                       uint32_t* packed) {
+  for (int64_t r = 0; r < count; ++r) {
+    const uint32_t* row = rows + r * units;
+    for (int64_t k = from; k < to; ++k) packed[k * count + r] = row[k];
+  }
+}
+
+// Bring the rows of x [rows][inputs] into groups. All threads; ends with a barrier.
+template <class T>
+static const uint32_t* pack_rows(Member& member, const void* x, int64_t rows, int64_t inputs,
+                                 uint32_t* packed) {
+  const uint32_t* source = static_cast<const uint32_t*>(x);
+  if (rows == 1) return source;
+  constexpr int64_t kSpan = 512;
+  const int64_t units = units_of<T>(inputs);
+  const Groups groups(rows, kMaxRows);
+  const int64_t spans = (units + kSpan - 1) / kSpan;
+  for (int64_t task = member.index(); task < groups.count * spans; task += member.size()) {
+    const int64_t group = task / spans, from = task % spans * kSpan, start = groups.start(group);
+    interleave(source + start * units, groups.size(group), units, from,
+               from + kSpan < units ? from + kSpan : units, packed + start * units);
+  }
+  member.barrier();
+  return packed;
+}
+
+// How many panels a thread takes at a time: with many rows as many as its cache keeps for the next
+// group of rows, but few enough that all threads have work.
+static int64_t panels_per_task(int64_t panels, int64_t units, int64_t rows, int threads) {
+  constexpr int64_t kCacheBytes = 384 * 1024;
+  const int64_t even = panels / (threads * 4) > 1 ? panels / (threads * 4) : 1;
+  const int64_t small = 65536 / (units * kPanel * 4) > 1 ? 65536 / (units * kPanel * 4) : 1;
+  const int64_t fits = kCacheBytes / (units * kPanel * 4) > 1 ? kCacheBytes / (units * kPanel * 4) : 1;
+  const int64_t wanted = rows > kMaxRows ? fits : small;
+  return wanted < even ? wanted : even;
+}
+
+template <class T>
+static inline float bias_at(const TandemLinear& linear, int64_t index) {
+  return linear.bias == nullptr ? 0.0f : widen(static_cast<const T*>(linear.bias)[index]);
+}
+
+// Put one tile, [rows][32], into out [..., width], added to what is there or in its place.
+template <class T, bool Add>
+static void put_tile(const TandemLinear& linear, const float* tile, int64_t rows, int64_t column,
+                     float* out) {
+  const int64_t width = linear.outputs;
+  const int64_t count = width - column < kPanel ? width - column : kPanel;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* to = out + r * width + column;
+    const float* from = tile + r * kPanel;
+    if (linear.bias != nullptr) {
+      for (int64_t c = 0; c < count; ++c) {
+        const float value = from[c] + bias_at<T>(linear, column + c);
+        to[c] = Add ? to[c] + value : value;
+      }
+    } else {
+      for (int64_t c = 0; c < count; ++c) to[c] = Add ? to[c] + from[c] : from[c];
+    }
+  }
+}
+
+// out [rows, outputs] = x W^T + bias, or out += it. All threads; ends with a barrier.
+template <class T, bool Add>
+static void linear_phase(Member& member, Scratch& scratch, const TandemLinear& linear,
+                         const void* x, int64_t rows, float* out) {
+  const int64_t units = units_of<T>(linear.inputs);
+  const int64_t panels = (linear.outputs + kPanel - 1) / kPanel;
+  const uint32_t* packed =
+      pack_rows<T>(member, x, rows, linear.inputs, scratch.packed.as<uint32_t>());
+  const Groups groups(rows, kMaxRows);
+  const int64_t step = panels_per_task(panels, units, rows, member.size());
+  alignas(64) float tile[kMaxRows * kPanel];
+  member.open();
+  for (int64_t first; (first = member.next() * step) < panels;) {
+    const int64_t end = first + step < panels ? first + step : panels;
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const int64_t start = groups.start(group), size = groups.size(group);
+      for (int64_t panel = first; panel < end; ++panel) {
+        run_tile<T>(size, packed + start * units, linear.panels + panel * units * kPanel, units,
+                    tile);
+        put_tile<T, Add>(linear, tile, size, panel * kPanel, out + start * linear.outputs);
+      }
+    }
+  }
+  member.barrier();
+}
+
+// Put silu(gate) * up of two tiles into out [..., width].
+template <class T>
+static void put_gated(const TandemLinear& linear, float* gate, float* up, int64_t rows,
+                      int64_t column, T* out) {
+  const int64_t width = linear.outputs / 2;
+  const int64_t count = width - column < kPanel ? width - column : kPanel;
+  for (int64_t r = 0; r < rows; ++r) {
+    float *g = gate + r * kPanel, *u = up + r * kPanel;
+    if (linear.bias != nullptr) {
+      for (int64_t c = 0; c < count; ++c) {
+        g[c] += bias_at<T>(linear, column + c);
+        u[c] += bias_at<T>(linear, width + column + c);
+      }
+    }
+    for (int64_t c = 0; c < kPanel; c += VW) {
+      const vf value = load<vf>(g + c);
+      store(g + c, value / (exp_lanes(-value) + 1.0f) * load<vf>(u + c));
+    }
+    for (int64_t c = 0; c < count; ++c) narrow(g[c], out + r * width + column + c);
+  }
+}
+
+// out [rows, outputs / 2] = silu(gate) * up, the panels of gate and up in turn. Ends with a barrier.
+template <class T>
+static void gated_phase(Member& member, Scratch& scratch, const TandemLinear& linear, const void* x,
+                        int64_t rows, T* out) {
+  const int64_t units = units_of<T>(linear.inputs), width = linear.outputs / 2;
+  const int64_t pairs = (width + kPanel - 1) / kPanel;
+  const uint32_t* packed =
+      pack_rows<T>(member, x, rows, linear.inputs, scratch.packed.as<uint32_t>());
+  const Groups groups(rows, kMaxRows);
+  const int64_t step = panels_per_task(pairs, 2 * units, rows, member.size());
+  alignas(64) float gate[kMaxRows * kPanel];
+  alignas(64) float up[kMaxRows * kPanel];
+  member.open();
+  for (int64_t first; (first = member.next() * step) < pairs;) {
+    const int64_t end = first + step < pairs ? first + step : pairs;
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const int64_t start = groups.start(group), size = groups.size(group);
+      for (int64_t pair = first; pair < end; ++pair) {
+        const uint32_t* panels = linear.panels + 2 * pair * units * kPanel;
+        run_tile<T>(size, packed + start * units, panels, units, gate);
+        run_tile<T>(size, packed + start * units, panels + units * kPanel, units, up);
+        put_gated<T>(linear, gate, up, size, pair * kPanel, out + start * width);
+      }
+    }
+  }
+  member.barrier();
+}
+
+// Lay rows [outputs, inputs] of a weight out in every panel_step-th panel from first_panel on.
+template <class T>
+static void pack_weight(const T* weight, int64_t rows, int64_t inputs, uint32_t* panels,
+                        int64_t first_panel, int64_t panel_step) {
+  const int64_t units = units_of<T>(inputs);
+  const uint32_t* source = reinterpret_cast<const uint32_t*>(weight);
+  for (int64_t row = 0; row < (rows + kPanel - 1) / kPanel * kPanel; ++row) {
+    const int64_t panel = first_panel + row / kPanel * panel_step;
+    uint32_t* to = panels + panel * units * kPanel + row % kPanel;
+    for (int64_t k = 0; k < units; ++k) to[k * kPanel] = row < rows ? source[row * units + k] : 0;
+  }
+}
+
+// Read row `index` of a packed weight, as float32.
+template <class T>
+static void unpack_row(const TandemLinear& linear, int64_t index, float* out) {
+  const int64_t units = units_of<T>(linear.inputs);
+  const uint32_t* from = linear.panels + index / kPanel * units * kPanel + index % kPanel;
+  for (int64_t k = 0; k < units; ++k) {
+    T parts[kPerUnit<T>];
+    __builtin_memcpy(parts, from + k * kPanel, 4);
+    for (int64_t part = 0; part < kPerUnit<T>; ++part)
+      out[k * kPerUnit<T> + part] = widen(parts[part]);
+  }
+}
