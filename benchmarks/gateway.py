@@ -100,7 +100,7 @@ def measure_requests(load: Load, model: Path) -> Figures:
 
 def _added_seconds(sent: list[float], arrivals: list[list[tuple[float, int]]]) -> list[float]:
     """Return for each token the time from leaving the worker to arriving at the client."""
-    added = []
+    added: list[float] = []
     for stream in arrivals:
         index = 0
         for when, count in stream:
@@ -122,12 +122,15 @@ def _servers(
         if not load.gateways:
             yield source.stdout, int(address.rpartition(":")[2]), [source.pid]
             return
-        port, grpc_port = _free_ports(2)
+        port, grpc_port, own_port = _free_ports(3)
         command = [sys.executable, "-m", "tandem", "gateway", "--controller", address]
         command += ["--port", str(port), "--grpc-port", str(grpc_port), "--log-level", "error"]
+        command += ["--gateways", str(load.gateways), "--metrics-port", str(own_port)]
         gateway = stack.enter_context(_process(command))
-        _wait_until_ready(port, gateway)
-        yield source.stdout, port, [gateway.pid]
+        ports = [own_port + n for n in range(load.gateways)] if load.gateways > 1 else [port]
+        for each in ports:
+            _wait_until_ready(each, gateway)
+        yield source.stdout, port, _family(gateway.pid)
 
 
 @contextmanager
@@ -136,8 +139,12 @@ def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.kill()
+        process.terminate()
         process.wait()
+
+
+def _family(pid: int) -> list[int]:
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
 def _wait_until_ready(port: int, gateway: subprocess.Popen[str]) -> None:
@@ -161,7 +168,7 @@ def _free_ports(count: int) -> list[int]:
 
 def _cpu(*pids: int) -> float:
     times = [psutil.Process(pid).cpu_times() for pid in pids]
-    return sum(each.user + each.system for each in times)
+    return float(sum(each.user + each.system for each in times))
 
 
 _COLUMNS = (

@@ -87,7 +87,9 @@ class Session:
 
     def send_tokens(self, index: int, *, last: bool) -> None:
         """Send token `index` of every sequence in one message."""
-        reason = inference_pb2.FINISH_REASON_LENGTH if last else None
+        reason = (
+            inference_pb2.FINISH_REASON_LENGTH if last else inference_pb2.FINISH_REASON_UNSPECIFIED
+        )
         token_ids = (FIRST_WORD + index % WORDS,)
         outputs = [
             worker_pb2.SequenceOutput(
@@ -135,6 +137,11 @@ class ReplayCluster(worker_pb2_grpc.DecodeServicer, cluster_pb2_grpc.ClusterServ
             ),
         )
         await asyncio.Event().wait()
+
+    async def Status(  # noqa: N802 - named by the proto
+        self, request: cluster_pb2.StatusRequest, context: Any
+    ) -> cluster_pb2.ClusterStatus:
+        return cluster_pb2.ClusterStatus(model=MODEL)
 
     async def Serve(  # noqa: N802 - named by the proto
         self, request_iterator: AsyncIterator[worker_pb2.GatewayMessage], context: Any

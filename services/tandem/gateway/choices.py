@@ -24,7 +24,7 @@ _QUEUE_SIZE = 64
 class Choice(NamedTuple):
     """An event of one choice. Choices are numbered prompt by prompt, `n` to each."""
 
-    index: int
+    number: int
     event: TextEvent
 
 
