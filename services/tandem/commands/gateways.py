@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from tandem.core.config import TandemConfig
 from tandem.core.errors import UnavailableError
 
 WATCH_INTERVAL = 1.0
-START_SECONDS = 5.0
-"""A gateway that ends sooner would only end again."""
+MIN_LIFE = 10.0
+"""A gateway that ends by itself sooner than that would only end again."""
 
 
 class Gateways:
@@ -58,7 +59,7 @@ class Gateways:
 def run_gateways(config: TandemConfig, controller: str) -> None:
     """Run several gateways until SIGTERM or SIGINT; one that ends is started again.
 
-    Raises `UnavailableError` if one ends before it has run for a while.
+    Raises `UnavailableError` if one ends by itself before it has run for a while.
     """
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -66,13 +67,15 @@ def run_gateways(config: TandemConfig, controller: str) -> None:
     gateways = Gateways(config, controller, None)
     try:
         gateways.start()
-        if asked.wait(START_SECONDS):
-            return
-        if gateways.exit_code() is not None:
-            raise UnavailableError("a gateway ended as soon as it was started; see its output")
+        started = time.monotonic()
         while not asked.wait(WATCH_INTERVAL):
-            if (code := gateways.exit_code()) is not None:
-                errors.print(f"a gateway ended (exit code {code}), starting it again")
-                gateways.start()
+            code = gateways.exit_code()
+            if code is None:
+                continue
+            if code > 0 and time.monotonic() - started < MIN_LIFE:
+                raise UnavailableError("a gateway keeps ending; see its output")
+            errors.print(f"a gateway ended (exit code {code}), starting it again")
+            gateways.start()
+            started = time.monotonic()
     finally:
         gateways.stop()
