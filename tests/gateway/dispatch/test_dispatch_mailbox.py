@@ -79,7 +79,7 @@ async def test_a_consumer_that_is_cancelled_leaves_what_came_for_the_next() -> N
     assert await asyncio.wait_for(mailbox.get(), 10) == OutputEvent((1,))
 
 
-async def test_after_a_burst_follows_a_pause_as_long_as_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_burst_follows_a_pause_half_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     loop = asyncio.get_running_loop()
@@ -110,4 +110,4 @@ async def test_after_a_burst_follows_a_pause_as_long_as_it(monkeypatch: pytest.M
     for mailbox in mailboxes:
         mailbox.put(OutputEvent((2,)))
     await asyncio.gather(*tasks)
-    assert delays == [pytest.approx(0.75)]
+    assert delays == [pytest.approx(0.375)]

@@ -4,7 +4,7 @@ Knows no requests and no workers. Invariant: what is put in comes out once and i
 came while the consumer was busy come out as one event.
 
 Waking a task for a token costs more than the token, so consumers are woken together and never more
-than half of the time: a burst of wake-ups that took t seconds is followed by a pause of t. With
+than two thirds of the time: a burst that took t seconds is followed by a pause of t / 2. With
 time to spare the pause is over before the next token comes; under load several tokens leave in one
 event, and the cost of a token falls.
 """
@@ -18,6 +18,8 @@ from collections import deque
 from tandem.core.errors import TandemError
 from tandem.gateway.interfaces import OutputEvent
 
+PAUSE = 0.5
+"""Seconds of rest for each second that a burst took."""
 Item = OutputEvent | TandemError | None
 
 
@@ -48,7 +50,7 @@ class Wakeups:
 
     def _done(self, start: float) -> None:
         now = time.perf_counter()
-        self._not_before = now + (now - start)
+        self._not_before = now + (now - start) * PAUSE
 
 
 class Mailbox:
