@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow lint format proto bench bundled-model clean
+.PHONY: help install serve test test-slow lint format proto bench bench-gateway bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,9 @@ proto: $(STAMP)  ## generate services/tandem/v1 from proto/
 
 bench: $(STAMP)  ## disaggregated against colocated serving, one table
 	@$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-gateway: $(STAMP)  ## what the path from a decode worker to a client costs
+	@$(BIN)/python -m benchmarks.gateway $(ARGS)
 
 bundled-model: $(STAMP)  ## train the bundled model again (about an hour on two cores)
 	@$(BIN)/python -m training.train $(ARGS)

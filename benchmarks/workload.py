@@ -95,10 +95,10 @@ def rescale(arrivals: Sequence[Arrival], rate: float, length_factor: float) -> l
     Relative gaps, and so the trace's bursts, stay as they are. No length falls under one token.
     """
     span = arrivals[-1].at - arrivals[0].at if arrivals else 0.0
-    stretch = (len(arrivals) - 1) / rate / span if span else 0.0
+    last = (len(arrivals) - 1) / rate if span else 0.0
     return [
         Arrival(
-            (arrival.at - arrivals[0].at) * stretch,
+            (arrival.at - arrivals[0].at) / (span or 1.0) * last,
             max(1, round(arrival.prompt_tokens * length_factor)),
             max(1, round(arrival.output_tokens * length_factor)),
         )

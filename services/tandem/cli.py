@@ -15,6 +15,7 @@ from tandem.commands.call import call
 from tandem.commands.chat import chat
 from tandem.commands.cluster import down, gateway, serve, up
 from tandem.commands.show_config import config
+from tandem.commands.simulate import simulate
 from tandem.commands.status import status
 from tandem.commands.terminal import print_error
 from tandem.core.errors import ConfigError, TandemError
@@ -39,7 +40,7 @@ def version() -> None:
     typer.echo(f"python {platform.python_version()}")
 
 
-for command in (serve, up, down, gateway, status, chat, call, config, version):
+for command in (serve, up, down, gateway, status, chat, call, config, simulate, version):
     app.command()(command)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.scheduler import Scheduler
+from tandem.scheduler.policies import POLICIES
 
 MAX_MODEL_LEN = 40
 
@@ -35,6 +37,7 @@ class Arrival:
     lands_per_step: int
     prefill_dies_at: int | None  # KV tokens that land before its prefill worker is gone
     late_writes: bool  # cancelled while a transfer still writes
+    ttft_objective: float = 0.0
 
 
 ARRIVALS = st.builds(
@@ -49,6 +52,7 @@ ARRIVALS = st.builds(
     lands_per_step=st.integers(1, 9),
     prefill_dies_at=st.one_of(st.none(), st.none(), st.integers(0, 20)),
     late_writes=st.booleans(),
+    ttft_objective=st.sampled_from([0.0, 1.0, 9.0]),
 )
 
 
@@ -67,16 +71,29 @@ class Worker:
     def submit(self, arrival: int, details: Arrival) -> None:
         tokens = tuple(10 * details.family + index % 3 for index in range(details.prompt_len))
         sampling = SamplingParams(max_tokens=details.max_tokens)
-        request = Request(f"r{arrival}", tokens, len(tokens), sampling, priority=details.priority)
+        request = Request(
+            f"r{arrival}",
+            tokens,
+            len(tokens),
+            sampling,
+            priority=details.priority,
+            tenant=f"t{details.family}",
+            ttft_objective=details.ttft_objective,
+        )
         self.scheduler.check_fits(request)
-        seq = Sequence(request, arrival, details.remote)
+        seq = Sequence(request, arrival, details.remote, arrived_at=float(self.now))
         self.details[seq] = details
         self.scheduler.add(seq)
 
     def step(self) -> IterationPlan:
         waiting_before = list(self.scheduler.waiting)
-        plan = self.scheduler.schedule()
-        self.check_plan(plan, waiting_before)
+        first = min(self.scheduler.running, key=self.scheduler.policy.precedence, default=None)
+        plan = self.scheduler.schedule(float(self.now))
+        self.check_plan(plan)
+        if self.scheduler.config.policy == "chunked_prefill":
+            self.check_default_plan(plan, waiting_before)
+        assert first not in plan.preempted or len(self.scheduler.running) == 0
+        self.scheduler.measured(plan, 0.01 + 0.001 * plan.num_tokens)
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         for chunk in plan.chunks:
             self.compute(chunk)
@@ -93,19 +110,25 @@ class Worker:
         self.scheduler.pool.check_integrity()
         return plan
 
-    def check_plan(self, plan: IterationPlan, waiting_before: list[Sequence]) -> None:
+    def check_plan(self, plan: IterationPlan) -> None:
+        """What holds under every policy."""
         config = self.scheduler.config
         assert plan.num_tokens <= config.max_batch_tokens
         assert self.scheduler.num_running <= config.max_running
         planned = [chunk.sequence for chunk in plan.chunks]
         assert len(set(planned)) == len(planned)
         for chunk in plan.chunks:
-            assert 1 <= chunk.length <= config.chunk_size
+            assert chunk.length >= 1
             assert chunk.start == chunk.sequence.num_computed
             assert chunk.end <= chunk.sequence.num_tokens
             assert chunk.end <= len(chunk.sequence.block_table) * self.block_size
             assert chunk.sequence.phase == "running"
         assert not set(plan.preempted) & (set(planned) | set(plan.admitted))
+
+    def check_default_plan(self, plan: IterationPlan, waiting_before: list[Sequence]) -> None:
+        """What holds under chunked prefill."""
+        planned = [chunk.sequence for chunk in plan.chunks]
+        assert all(chunk.length <= self.scheduler.config.chunk_size for chunk in plan.chunks)
         assert not (plan.preempted and plan.admitted)
         # No starvation: those admitted are the first of the queue, in order.
         assert list(plan.admitted) == waiting_before[: len(plan.admitted)]
@@ -178,11 +201,25 @@ def simulate(worker: Worker, arrivals: list[Arrival]) -> list[Sequence]:
     return list(worker.details)
 
 
-def make_worker(num_blocks: int, block_size: int, prefix_cache: bool, **limits: int) -> Worker:
+def make_worker(
+    num_blocks: int, block_size: int, prefix_cache: bool, policy: str = "", **limits: int
+) -> Worker:
     pool = BlockPool(num_blocks, block_size, prefix_cache)
-    return Worker(Scheduler(SchedulerConfig(**limits), pool, MAX_MODEL_LEN), block_size)
+    config = SchedulerConfig(
+        policy=policy or "chunked_prefill",
+        batch_size=3,
+        batch_wait=2,
+        decode_streak=2,
+        ageing=3,
+        waiting_bound=6,
+        ttft_objective=4,
+        itl_objective=0.02,
+        **limits,
+    )
+    return Worker(Scheduler(config, pool, MAX_MODEL_LEN), block_size)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @given(
     arrivals=st.lists(ARRIVALS, min_size=1, max_size=14),
     spare_blocks=st.integers(0, 12),
@@ -192,8 +229,9 @@ def make_worker(num_blocks: int, block_size: int, prefix_cache: bool, **limits: 
     chunk_size=st.integers(1, 12),
     max_running=st.integers(1, 8),
 )
-@settings(max_examples=250)
+@settings(max_examples=50)
 def test_every_admitted_request_ends_and_nothing_leaks(
+    policy: str,
     arrivals: list[Arrival],
     spare_blocks: int,
     block_size: int,
@@ -207,6 +245,7 @@ def test_every_admitted_request_ends_and_nothing_leaks(
         -(-longest // block_size) + 1 + spare_blocks,
         block_size,
         prefix_cache,
+        policy,
         max_batch_tokens=max_batch_tokens,
         chunk_size=chunk_size,
         max_running=max_running,
@@ -222,12 +261,15 @@ def test_every_admitted_request_ends_and_nothing_leaks(
             assert seq.num_tokens == min(seq.request.max_len, MAX_MODEL_LEN)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @given(arrivals=st.lists(ARRIVALS, min_size=1, max_size=8), spare_blocks=st.integers(0, 4))
-@settings(max_examples=30)
-def test_the_same_arrivals_give_the_same_plans(arrivals: list[Arrival], spare_blocks: int) -> None:
+@settings(max_examples=15)
+def test_the_same_arrivals_give_the_same_plans(
+    policy: str, arrivals: list[Arrival], spare_blocks: int
+) -> None:
     def trace() -> list[tuple[int, int, int, tuple[int, ...]]]:
         limits = {"max_batch_tokens": 8, "chunk_size": 4, "max_running": 4}
-        worker = make_worker(11 + spare_blocks, 4, True, **limits)
+        worker = make_worker(11 + spare_blocks, 4, True, policy, **limits)
         recorded: list[tuple[int, int, int, tuple[int, ...]]] = []
         compute = worker.compute
 

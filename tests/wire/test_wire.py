@@ -69,6 +69,9 @@ def requests(draw: st.DrawFn) -> Request:
         attempt=draw(st.integers(0, 2**32 - 1)),
         priority=draw(st.integers(-(2**31), 2**31 - 1)),
         cache_salt=draw(st.text(max_size=10)),
+        tenant=draw(st.text(max_size=10)),
+        ttft_objective=draw(st.floats(0, 1e6)),
+        itl_objective=draw(st.floats(0, 1e6)),
     )
 
 

@@ -56,7 +56,7 @@ def examples(
         (
             "gRPC, through reflection",
             f"{tandem} call tandem.v1.Inference/Generate "
-            f'\'{{"text": "Tandem is", "sampling": {{"maxTokens": 32}}}}\'{call_flags}',
+            f'\'{{"text": "Q: What is Tandem?\\nA:"}}\'{call_flags}',
         ),
         ("Chat in the terminal", f"{tandem} chat{chat_flags}"),
         ("Look at the workers", f"{tandem} status{status_flags}"),

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from tandem.config import FLAGS, load_config, walk_settings
 from tandem.core.errors import ConfigError
+from tandem.scheduler import PoolRole, make_policy
 
 PANELS = {
     "model": "Model",
@@ -26,6 +27,8 @@ PANELS = {
     "gateway": "Gateway",
     "controller": "Cluster",
 }
+
+ROLES: tuple[PoolRole, ...] = ("prefill", "decode")
 
 ControllerAddress = Annotated[
     str,
@@ -63,7 +66,10 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         chosen.update(_parse_assignments(values.pop("assignments") or ()))
-        command(config=load_config(values.pop("config_file") or "", chosen), **values)
+        config = load_config(values.pop("config_file") or "", chosen)
+        for role in ROLES:
+            make_policy(config.scheduler, role)  # a name that nobody provides ends here
+        command(config=config, **values)
 
     parameters = [*own, *_file_parameters(), *flags.values()]
     keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]

@@ -87,6 +87,7 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "links": worker.links,
         "tokens_per_second": worker.tokens_per_second,
         "iterations": worker.iterations,
+        "policy": worker.policy,
         "restarts": worker.restarts,
         "detail": worker.detail,
     }
@@ -102,8 +103,10 @@ def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     for worker in cluster.workers:
         table.add_row(*_row(worker))
     nodes = sorted({worker.node for worker in cluster.workers if worker.node})
-    facts = [f"model {cluster.model}", f"membership {cluster.membership_version}"]
+    facts = [f"model {cluster.model}"]
     facts += [f"node {nodes[0]}"] if len(nodes) == 1 else []
+    policies = sorted({f"{role_name(w)} {w.policy}" for w in cluster.workers if w.policy})
+    facts += [f"policy {', '.join(policies)}"] if policies else []
     facts += ["blocks used/cached/total"]
     lines: list[RenderableType] = [Text(", ".join(facts)), table]
     lines += [_note(worker, many_nodes=len(nodes) > 1) for worker in cluster.workers]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from tandem.core.pairs import parse_pairs
 
 Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -40,7 +42,13 @@ class CacheConfig(_Frozen):
 
 
 class SchedulerConfig(_Frozen):
-    """Limits of one worker's iterations."""
+    """What one worker's iterations are made of: the policy, its settings, and the limits."""
+
+    policy: str = Field(
+        "chunked_prefill", description="scheduling policy of every worker; see docs/scheduling.md"
+    )
+    prefill_policy: str = Field("", description="policy of prefill workers; empty: as policy")
+    decode_policy: str = Field("", description="policy of decode workers; empty: as policy")
 
     max_batch_tokens: int = Field(512, ge=1, description="token budget of one iteration")
     chunk_size: int = Field(
@@ -50,6 +58,51 @@ class SchedulerConfig(_Frozen):
     max_waiting: int = Field(
         1024, ge=1, description="bound of the queue; past it requests are refused"
     )
+    batch_size: int = Field(8, ge=1, description="static_batching: members of a group")
+    batch_wait: float = Field(
+        0.25, ge=0, description="static_batching: seconds to wait for a group to fill"
+    )
+    decode_streak: int = Field(
+        8, ge=1, description="decode_first: iterations without a prompt while prompts wait"
+    )
+    auto_chunk_ratio: float = Field(
+        2.0, gt=1, description="auto_chunk: longest iteration, in decode steps"
+    )
+    auto_chunk_seconds: float = Field(
+        0.0, ge=0, description="auto_chunk: longest iteration in seconds; 0: by auto_chunk_ratio"
+    )
+    priority_classes: str = Field(
+        "premium=-10,standard=0,batch=10",
+        description="priority_classes: names and the priorities at which they begin",
+    )
+    ageing: Seconds = Field(
+        10.0, description="priority_classes: seconds of waiting that are worth one class"
+    )
+    ttft_objective: Seconds = Field(
+        2.0, description="deadline: seconds to the first token, of requests that say nothing"
+    )
+    itl_objective: Seconds = Field(
+        0.2, description="deadline: seconds between tokens, of requests that say nothing"
+    )
+    tenant_weights: str = Field(
+        "", description="fair_share: tenant=weight, ...; tenants that are not named weigh 1"
+    )
+    waiting_bound: Seconds = Field(
+        30.0, description="shortest_prompt, deadline: seconds after which one is overtaken no more"
+    )
+
+    @field_validator("priority_classes", "tenant_weights")
+    @classmethod
+    def _check_pairs(cls, text: str) -> str:
+        parse_pairs(text)
+        return text
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _check_weights(cls, text: str) -> str:
+        if any(weight <= 0 for weight in parse_pairs(text).values()):
+            raise ValueError("weights must be above 0")
+        return text
 
 
 class TransferConfig(_Frozen):

@@ -27,6 +27,12 @@ class Request:
     """Lower is served first; equal priorities are served in order of arrival."""
     cache_salt: str = ""
     """KV blocks are shared only between requests of the same salt."""
+    tenant: str = ""
+    """On whose account it is served, where tenants share fairly."""
+    ttft_objective: float = 0.0
+    """Seconds to the first token that the client wants; 0: what the configuration says."""
+    itl_objective: float = 0.0
+    """Seconds between tokens that the client wants; 0: what the configuration says."""
 
     @property
     def max_len(self) -> int:

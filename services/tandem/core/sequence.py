@@ -38,6 +38,10 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Tokens found in the prefix cache when it was last admitted."""
+    arrived_at: float = 0.0
+    """When it came to this worker, on the clock whose time `Scheduler.schedule` is given."""
+    planned_at: float = 0.0
+    """When the iteration was planned that last computed for it."""
     phase: Phase = "waiting"
     finish_reason: FinishReason | None = None
 

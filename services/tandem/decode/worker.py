@@ -109,7 +109,7 @@ class DecodeWorker:
     def step(self) -> bool:
         """Schedule, run, hand out. Returns whether anything changed."""
         self._flush()  # first tokens that prefill workers sampled need not wait for this iteration
-        plan = self._runtime.scheduler.schedule()
+        plan = self._runtime.scheduler.schedule(time.monotonic())
         for sequence in plan.preempted:
             self._preempted(self._by_sequence[sequence])
         for sequence in plan.admitted:
@@ -192,8 +192,9 @@ class DecodeWorker:
         if len(self._active) >= limits.max_running + limits.max_waiting:
             raise OverloadedError(f"{self._runtime.name}: {len(self._active)} requests are queued")
         target = message.prefill if message.HasField("prefill") else None
-        sequence = Sequence(request, next(self._arrivals))
-        return ActiveRequest(sequence, session, target, submitted_at=time.monotonic())
+        now = time.monotonic()
+        sequence = Sequence(request, next(self._arrivals), arrived_at=now)
+        return ActiveRequest(sequence, session, target, submitted_at=now)
 
     def _prefill(self, active: ActiveRequest) -> None:
         """Send a sequence where the KV of its tokens is to be made."""

@@ -5,6 +5,7 @@ Order of defaults: the request, the model's generation_config.json, the endpoint
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,7 @@ from tandem.gateway.interfaces import ModelInfo
 
 MAX_STOP_STRING_CHARACTERS = 1024
 MAX_CACHE_SALT_CHARACTERS = 1024
+MAX_TENANT_CHARACTERS = 256
 _INT32 = range(-(2**31), 2**31)
 _LENGTH_CODE = "context_length_exceeded"
 
@@ -82,6 +84,20 @@ def check_prompt(token_ids: tuple[int, ...], name: str, info: ModelInfo) -> None
             param=name,
             code=_LENGTH_CODE,
         )
+
+
+def check_account(tenant: str, ttft_objective: float, itl_objective: float) -> None:
+    """Raise `InvalidRequestError` for a tenant or objectives that no scheduler can work with."""
+    if len(tenant) > MAX_TENANT_CHARACTERS:
+        raise InvalidRequestError(
+            f"a tenant's name has at most {MAX_TENANT_CHARACTERS} characters, got {len(tenant)}",
+            param="tenant",
+        )
+    for name, seconds in (("ttft_objective", ttft_objective), ("itl_objective", itl_objective)):
+        if not 0 <= seconds < math.inf:
+            raise InvalidRequestError(
+                f"{name} must be seconds, 0 or more, got {seconds}", param=name
+            )
 
 
 def check_priority_and_salt(priority: int, cache_salt: str) -> None:

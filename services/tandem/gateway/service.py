@@ -21,6 +21,7 @@ from tandem.gateway.model import ModelLoader, ServedModel
 from tandem.gateway.output import OutputAssembler, TextEvent
 from tandem.gateway.params import (
     SamplingOptions,
+    check_account,
     check_priority_and_salt,
     check_prompt,
     complete_sampling,
@@ -102,6 +103,9 @@ class InferenceService:
         client_id: str = "",
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        ttft_objective: float = 0.0,
+        itl_objective: float = 0.0,
     ) -> Request:
         """Check everything about a request and fill in every default.
 
@@ -109,6 +113,7 @@ class InferenceService:
         """
         check_prompt(token_ids, prompt_field, model.info)
         check_priority_and_salt(priority, cache_salt)
+        check_account(tenant, ttft_objective, itl_objective)
         sampling = complete_sampling(options, len(token_ids), model.info, model.defaults)
         suffix = secrets.token_hex(8)
         return Request(
@@ -118,6 +123,9 @@ class InferenceService:
             sampling=sampling,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
+            ttft_objective=ttft_objective,
+            itl_objective=itl_objective,
         )
 
     async def generate(

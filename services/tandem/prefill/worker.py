@@ -84,8 +84,9 @@ class PrefillWorker:
             self._runtime.metrics.count_request("refused")
             _fail_leg(peer, message.leg_id, error.message)
             return
-        sequence = Sequence(request, next(self._arrivals))
-        leg = PrefillLeg(peer, message.leg_id, sequence, received_at=time.monotonic())
+        now = time.monotonic()
+        sequence = Sequence(request, next(self._arrivals), arrived_at=now)
+        leg = PrefillLeg(peer, message.leg_id, sequence, received_at=now)
         self._legs[peer, leg.leg_id] = leg
         self._by_sequence[sequence] = leg
         if message.HasField("grant"):
@@ -110,7 +111,7 @@ class PrefillWorker:
     def step(self) -> bool:
         """Offer, schedule, run. Returns whether anything changed."""
         self._offer()
-        plan = self._runtime.scheduler.schedule()
+        plan = self._runtime.scheduler.schedule(time.monotonic())
         for sequence in plan.admitted:
             self._start(self._by_sequence[sequence])
         for sequence in plan.preempted:
@@ -170,16 +171,19 @@ class PrefillWorker:
 
     def _offer(self) -> None:
         """Offer each decode worker its next legs, enough to keep this worker busy."""
+        policy = self._runtime.scheduler.policy
         limit = _ITERATIONS_OFFERED_AHEAD * self._runtime.config.scheduler.max_batch_tokens
         for peer in self._peers:
             legs = [leg for leg in self._legs.values() if leg.peer is peer]
             ahead = sum(
                 leg.sequence.num_tokens for leg in legs if leg.phase in ("offered", "granted")
             )
-            queued = [leg for leg in legs if leg.phase == "queued"]
-            for leg in sorted(queued, key=lambda leg: leg.sequence.order):
+            queued = [leg.sequence for leg in legs if leg.phase == "queued"]
+            queued.sort(key=lambda sequence: sequence.order)
+            for sequence in policy.line(queued, time.monotonic()):
                 if ahead >= limit:
                     break
+                leg = self._by_sequence[sequence]
                 ahead += leg.sequence.num_tokens
                 leg.phase = "offered"
                 offer = worker_pb2.Offer(leg_id=leg.leg_id)

@@ -1,5 +1,15 @@
 """Iteration-level scheduling: what one forward pass computes. Pure; the same for both roles."""
 
+from tandem.scheduler.policies import Policy, PoolRole, Task, View, make_policy, policy_name
 from tandem.scheduler.scheduler import Scheduler, holder_of
 
-__all__ = ["Scheduler", "holder_of"]
+__all__ = [
+    "Policy",
+    "PoolRole",
+    "Scheduler",
+    "Task",
+    "View",
+    "holder_of",
+    "make_policy",
+    "policy_name",
+]

@@ -1,47 +1,32 @@
 """Which tokens of which sequences the next iteration computes, and who holds blocks for it.
 
-Every change of a sequence's phase, tokens, block table and counters happens here. Not here: the
-model, the clock, the network, when a sequence has said enough (the worker calls `finish`).
+Every change of a sequence's phase, tokens, block table and counters happens here. Not here: who
+goes first and how much at once (`policies`), the model, the clock, the network, when a sequence has
+said enough (the worker calls `finish`).
 
-Invariants: a plan never exceeds `max_batch_tokens`; nobody in the queue is overtaken by one of
-later `order`; a request that passed `check_fits` can always finish alone, so that preempting the
-youngest never ends in a deadlock.
+Invariants, whatever the policy: a plan never exceeds `max_batch_tokens`; a sequence that waits for
+blocks is overtaken by nobody behind it in the policy's line; a request that passed `check_fits` can
+always finish alone, so that preempting the last by `precedence` never ends in a deadlock.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from tandem.core.config import SchedulerConfig
-from tandem.core.errors import InvalidRequestError, OverloadedError
+from tandem.core.errors import OverloadedError
 from tandem.core.request import FinishReason, Request
-from tandem.core.sequence import IterationPlan, Phase, ScheduledChunk, Sequence
+from tandem.core.sequence import IterationPlan, Phase, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.hashing import extend_hashes
+from tandem.scheduler.costs import work_of
+from tandem.scheduler.draft import Draft
+from tandem.scheduler.fit import check_admissible, check_fits
+from tandem.scheduler.policies import Policy, make_policy
 from tandem.scheduler.sequence_queue import SequenceQueue
 
 
 def holder_of(seq: Sequence) -> str:
     """The name under which a sequence holds blocks; its arrival tells equal request ids apart."""
     return f"{seq.request.request_id}#{seq.request.attempt}@{seq.arrival}"
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan while it is being made."""
-
-    budget: int
-    chunks: list[ScheduledChunk] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-
-    def add_chunk(self, seq: Sequence, limit: int) -> None:
-        length = min(seq.num_uncomputed, limit, self.budget)
-        self.chunks.append(ScheduledChunk(seq, seq.num_computed, length))
-        self.budget -= length
-
-    def plan(self) -> IterationPlan:
-        return IterationPlan(tuple(self.chunks), tuple(self.admitted), tuple(self.preempted))
 
 
 class Scheduler:
@@ -55,8 +40,15 @@ class Scheduler:
                   +----schedule--> receiving (remote)
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        max_model_len: int,
+        policy: Policy | None = None,
+    ) -> None:
         self.config = config
+        self.policy = policy or make_policy(config)
         self.pool = pool
         self.max_model_len = max_model_len
         self.waiting = SequenceQueue()
@@ -80,16 +72,7 @@ class Scheduler:
 
     def check_fits(self, request: Request) -> None:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
-        self._check_context(len(request.token_ids))
-        most_tokens = min(request.max_len, self.max_model_len)
-        needed = self._num_blocks(most_tokens)
-        if needed > self.pool.num_blocks:
-            raise InvalidRequestError(
-                f"prompt and max_tokens make up to {most_tokens} tokens, which need {needed} KV "
-                f"blocks of {self.pool.block_size} tokens; a worker has {self.pool.num_blocks}",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
+        check_fits(request, self.pool, self.max_model_len)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence, or a preempted one at the place that its `order` keeps for it.
@@ -99,16 +82,11 @@ class Scheduler:
         """
         if seq.phase not in ("waiting", "preempted") or seq in self.waiting:
             raise ValueError(f"{holder_of(seq)} is {seq.phase} and cannot be queued")
-        self._check_context(seq.num_tokens)
-        needed = self._num_blocks(seq.num_tokens + 1)
-        if needed > self.pool.num_blocks:
-            raise InvalidRequestError(
-                f"{seq.num_tokens} tokens and one more need {needed} KV blocks; this worker has "
-                f"{self.pool.num_blocks}",
-                code="context_length_exceeded",
-            )
+        check_admissible(seq.num_tokens, self.pool, self.max_model_len)
         if seq.phase == "waiting" and len(self.waiting) >= self.config.max_waiting:
             raise OverloadedError(f"the queue is full: {len(self.waiting)} requests wait")
+        if seq.phase == "waiting":
+            self.policy.arrived(seq, self.waiting)
         seq.phase = "waiting"
         self.waiting.add(seq)
 
@@ -122,14 +100,27 @@ class Scheduler:
 
     # ------------------------------------------------------------------ one iteration
 
-    def schedule(self) -> IterationPlan:
-        """Plan the next iteration. `advance` must follow before the next call."""
-        draft = _Draft(self.config.max_batch_tokens)
-        self._plan_decodes(draft)
-        self._plan_prompts(draft)
-        if not draft.preempted:
-            self._admit(draft)
-        return draft.plan()
+    def schedule(self, now: float = 0.0) -> IterationPlan:
+        """Plan the next iteration. `advance` must follow before the next call.
+
+        `now`: seconds on the clock that `Sequence.arrived_at` is of. A plan may be empty although
+        sequences wait, for a policy may wait for time to pass: ask again later.
+        """
+        budget = self.config.max_batch_tokens
+        draft = Draft(now, budget, self.running, self.waiting, self.receiving)
+        draft.admits = self.num_running < self.config.max_running
+        for seq, limit in self.policy.tasks(draft):
+            if limit >= 1:
+                self._grant(seq, limit, draft)
+            if draft.tokens_left == 0 and draft.is_complete:
+                break
+        plan = draft.plan()
+        self.policy.planned(plan)
+        return plan
+
+    def measured(self, plan: IterationPlan, seconds: float) -> None:
+        """Tell the policy how long the iteration of `plan` took."""
+        self.policy.measured(work_of(plan.chunks), seconds)
 
     def advance(self, plan: IterationPlan) -> None:
         """Note that the chunks of `plan` are computed. Skips sequences that left meanwhile."""
@@ -145,54 +136,54 @@ class Scheduler:
             raise ValueError(f"{holder_of(seq)} is {seq.phase} and takes no tokens")
         seq.token_ids.append(token_id)
 
-    def _plan_decodes(self, draft: _Draft) -> None:
-        """One token for each sequence that decodes, first served first."""
-        for seq in tuple(self.running):
-            if draft.budget == 0:
-                return
-            if seq.num_uncomputed != 1 or seq.phase != "running":
-                continue  # a prompt, a sample that is awaited, or preempted by an older one above
-            if self._secure_blocks(seq, draft):
-                draft.add_chunk(seq, 1)
+    def _grant(self, seq: Sequence, limit: int, draft: Draft) -> None:
+        """Let a sequence compute up to `limit` tokens if budget, blocks and places allow."""
+        if seq.phase == "waiting":
+            self._admit(seq, limit, draft)
+        elif seq.phase == "running" and seq not in draft.chunks and draft.tokens_left:
+            # Blocks of prompts were reserved at admission; 0: a sample is awaited.
+            missing = len(seq.token_ids) - seq.num_computed
+            if missing > 1 or (missing == 1 and self._secure_blocks(seq, draft)):
+                draft.add_chunk(seq, min(limit, missing))
 
-    def _plan_prompts(self, draft: _Draft) -> None:
-        """Chunks of prompts in what budget is left. Their blocks were reserved at admission."""
-        for seq in self.running:
-            if draft.budget == 0:
-                return
-            if seq.num_uncomputed > 1:
-                draft.add_chunk(seq, self.config.chunk_size)
-
-    def _secure_blocks(self, seq: Sequence, draft: _Draft) -> bool:
-        """Get blocks for all of `seq`'s tokens, preempting the youngest; False if that was `seq`.
-
-        Sequences planned so far are older than `seq`, so a victim is never in the plan.
-        """
-        missing = self._num_blocks(seq.num_tokens) - len(seq.block_table)
+    def _secure_blocks(self, seq: Sequence, draft: Draft) -> bool:
+        """Get blocks for all of `seq`'s tokens, preempting the last; False if that was `seq`."""
+        missing = self._num_blocks(len(seq.token_ids)) - len(seq.block_table)
+        if missing <= 0:
+            return True
         while not self.pool.can_allocate(missing):
-            victim = self.running.last
-            self._leave(victim, "preempted")
-            draft.preempted.append(victim)
+            victim = max(self.running, key=self.policy.precedence)
+            self._preempt(victim, draft)
             if victim is seq:
                 return False
-        if missing > 0:
-            seq.block_table.extend(self.pool.allocate(missing, holder_of(seq)))
+        seq.block_table.extend(self.pool.allocate(missing, holder_of(seq)))
         return True
+
+    def _preempt(self, victim: Sequence, draft: Draft) -> None:
+        """Take a sequence's blocks; one that was admitted in this very plan only goes back."""
+        draft.admits = False
+        draft.drop_chunk(victim)
+        if victim in draft.admitted:
+            draft.admitted.remove(victim)
+            self._leave(victim, "waiting")
+        else:
+            self._leave(victim, "preempted")
+            draft.preempted.append(victim)
 
     # ------------------------------------------------------------------ admission
 
-    def _admit(self, draft: _Draft) -> None:
-        """Admit from the head of the queue until something is short; nobody overtakes the head."""
-        while self.waiting and self.num_running < self.config.max_running:
-            seq = self.waiting.first
-            if draft.budget == 0 and not seq.remote:
-                return
-            if not self._reserve_blocks(seq):
-                return
-            self._move(seq, "receiving" if seq.remote else "running")
-            draft.admitted.append(seq)
-            if not seq.remote:
-                draft.add_chunk(seq, self.config.chunk_size)
+    def _admit(self, seq: Sequence, limit: int, draft: Draft) -> None:
+        """Let a sequence out of the queue, or end admission for this iteration."""
+        if not draft.admits or seq not in self.waiting:
+            return
+        if (draft.tokens_left == 0 and not seq.remote) or not self._reserve_blocks(seq):
+            draft.admits = False
+            return
+        self._move(seq, "receiving" if seq.remote else "running")
+        draft.admitted.append(seq)
+        draft.admits = self.num_running < self.config.max_running
+        if not seq.remote:
+            draft.add_chunk(seq, min(limit, seq.num_uncomputed))
 
     def _reserve_blocks(self, seq: Sequence) -> bool:
         """Share the cached prefix and allocate the rest and room for one more token, or do nothing.
@@ -215,7 +206,8 @@ class Scheduler:
 
         Prompt logprobs come out of computing the prompt: until they have, nothing is skipped.
         """
-        if seq.request.sampling.prompt_logprobs is not None and seq.num_output_tokens == 0:
+        asked_logprobs = seq.request.sampling.prompt_logprobs is not None
+        if not self.pool.prefix_cache or (asked_logprobs and seq.num_output_tokens == 0):
             return []
         self._extend_hashes(seq)
         most_blocks = (seq.num_tokens - 1) // self.pool.block_size
@@ -283,15 +275,6 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
-
-    def _check_context(self, num_tokens: int) -> None:
-        if num_tokens >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {num_tokens} tokens, which leaves no room in the context of "
-                f"{self.max_model_len} tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
 
     def _extend_hashes(self, seq: Sequence) -> None:
         salt = seq.request.cache_salt

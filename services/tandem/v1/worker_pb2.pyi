@@ -117,12 +117,20 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    TTFT_OBJECTIVE_FIELD_NUMBER: _builtins.int
+    ITL_OBJECTIVE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """grows each time the gateway resubmits"""
     prompt_len: _builtins.int
     priority: _builtins.int
     cache_salt: _builtins.str
+    tenant: _builtins.str
+    ttft_objective: _builtins.float
+    """seconds; 0: as configured"""
+    itl_objective: _builtins.float
+    """seconds; 0: as configured"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the prompt, then tokens emitted by earlier attempts"""
@@ -146,10 +154,13 @@ class Submit(_message.Message):
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         prefill: Global___PrefillTarget | None = ...,
+        tenant: _builtins.str = ...,
+        ttft_objective: _builtins.float = ...,
+        itl_objective: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefill", b"prefill", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "prefill", b"prefill", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "itl_objective", b"itl_objective", "prefill", b"prefill", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "ttft_objective", b"ttft_objective"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -701,12 +712,20 @@ class PrefillRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     GRANT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    TTFT_OBJECTIVE_FIELD_NUMBER: _builtins.int
+    ITL_OBJECTIVE_FIELD_NUMBER: _builtins.int
     leg_id: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     prompt_len: _builtins.int
     priority: _builtins.int
     cache_salt: _builtins.str
+    tenant: _builtins.str
+    ttft_objective: _builtins.float
+    """seconds; 0: as configured"""
+    itl_objective: _builtins.float
+    """seconds; 0: as configured"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """prompt and tokens emitted so far: all get KV"""
@@ -729,10 +748,13 @@ class PrefillRequest(_message.Message):
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         grant: Global___Grant | None = ...,
+        tenant: _builtins.str = ...,
+        ttft_objective: _builtins.float = ...,
+        itl_objective: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "grant", b"grant", "leg_id", b"leg_id", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "grant", b"grant", "itl_objective", b"itl_objective", "leg_id", b"leg_id", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "ttft_objective", b"ttft_objective"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

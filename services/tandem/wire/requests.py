@@ -22,6 +22,9 @@ def request_to_submit(
         sampling=sampling_to_proto(request.sampling),
         priority=request.priority,
         cache_salt=request.cache_salt,
+        tenant=request.tenant,
+        ttft_objective=request.ttft_objective,
+        itl_objective=request.itl_objective,
         prefill=prefill,
     )
 
@@ -56,6 +59,9 @@ def request_to_prefill(
         sampling=sampling_to_proto(request.sampling),
         priority=request.priority,
         cache_salt=request.cache_salt,
+        tenant=request.tenant,
+        ttft_objective=request.ttft_objective,
+        itl_objective=request.itl_objective,
         grant=grant,
     )
 
@@ -80,4 +86,7 @@ def _request(message: worker_pb2.Submit | worker_pb2.PrefillRequest) -> Request:
         attempt=message.attempt,
         priority=message.priority,
         cache_salt=message.cache_salt,
+        tenant=message.tenant,
+        ttft_objective=message.ttft_objective,
+        itl_objective=message.itl_objective,
     )

@@ -23,7 +23,7 @@ from tandem.core.sequence import IterationPlan
 from tandem.engine.engine import Engine
 from tandem.kvcache.block_pool import BlockPool
 from tandem.modelfiles import resolve_model, served_name
-from tandem.scheduler.scheduler import Scheduler
+from tandem.scheduler import PoolRole, Scheduler, make_policy, policy_name
 from tandem.transfer import LinkBudget, PeerTransfer, Rendezvous, TransferEvents, make_kv_spec
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_loop import EngineLoop
@@ -72,7 +72,7 @@ class WorkerRuntime:
     def __init__(
         self,
         name: str,
-        role: str,
+        role: PoolRole,
         config: TandemConfig,
         device: str,
         progress: Progress | None = None,
@@ -93,8 +93,9 @@ class WorkerRuntime:
         self._rate = _Rate()
 
     def load(self) -> None:
-        """Load weights, make the KV blocks and warm up. Raises `ModelLoadError`."""
+        """Load weights, make the KV blocks and warm up. Raises `ModelLoadError`, `ConfigError`."""
         config = self.config
+        policy = make_policy(config.scheduler, self.role_name)
         torch.set_num_threads(config.worker.threads or _default_threads(config))
         self.model_path = resolve_model(config.model.path)
         self.engine = Engine(
@@ -108,7 +109,8 @@ class WorkerRuntime:
         self.pool = BlockPool(
             self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
         )
-        self.scheduler = Scheduler(config.scheduler, self.pool, self.engine.spec.max_model_len)
+        max_model_len = self.engine.spec.max_model_len
+        self.scheduler = Scheduler(config.scheduler, self.pool, max_model_len, policy)
         self.kv_spec = make_kv_spec(
             self.model_name, self.engine.spec.revision, self.engine.storage, config.transfer
         )
@@ -146,8 +148,9 @@ class WorkerRuntime:
         """Run one planned iteration and account for it."""
         began = time.monotonic()
         run()
-        metrics = self.metrics
-        metrics.iteration_seconds.observe(time.monotonic() - began)
+        seconds, metrics = time.monotonic() - began, self.metrics
+        self.scheduler.measured(plan, seconds)
+        metrics.iteration_seconds.observe(seconds)
         metrics.iteration_tokens.observe(plan.num_tokens)
         metrics.iteration_sequences.observe(len(plan.chunks))
         self.iterations += 1
@@ -202,6 +205,7 @@ class WorkerRuntime:
             links=self.link_budget.num_open,
             tokens_per_second=self._rate.per_second(time.monotonic()),
             iterations=self.iterations,
+            policy=policy_name(self.config.scheduler, self.role_name),
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
                 name=self.model_name,

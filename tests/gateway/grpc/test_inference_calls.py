@@ -90,13 +90,20 @@ async def test_every_parameter_reaches_the_worker(stub: Any, dispatcher: Any) ->
         include_stop_str_in_output=True,
     )
     request = pb.GenerateRequest(
-        token_ids=ids(5, 6), sampling=sampling, priority=-2, cache_salt="mine"
+        token_ids=ids(5, 6),
+        sampling=sampling,
+        priority=-2,
+        cache_salt="mine",
+        tenant="acme",
+        ttft_objective=0.5,
+        itl_objective=0.25,
     )
     first, *_ = await collect(stub.Generate(request))
     sent = dispatcher.requests[0]
     params = sent.sampling
     assert sent.token_ids == (5, 6)
     assert (sent.priority, sent.cache_salt) == (-2, "mine")
+    assert (sent.tenant, sent.ttft_objective, sent.itl_objective) == ("acme", 0.5, 0.25)
     for name in ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
                  "repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs",
                  "prompt_logprobs", "ignore_eos", "include_stop_str_in_output"):  # fmt: skip

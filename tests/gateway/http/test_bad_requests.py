@@ -55,6 +55,8 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"5": 101}}, "logit_bias[5]", "between -100 and 100"),
     ({"prompt_logprobs": 21}, "prompt_logprobs", "between 0 and 20"),
     ({"priority": 2**31}, "priority", "32-bit"),
+    ({"ttft_objective": -1}, "ttft_objective", "0 or more"),
+    ({"itl_objective": -0.5}, "itl_objective", "0 or more"),
 ]
 WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": "5"}, "max_tokens"),

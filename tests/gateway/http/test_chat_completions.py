@@ -193,6 +193,8 @@ async def test_every_field_reaches_the_worker(client: httpx.AsyncClient, dispatc
         ignore_eos=True,
         priority=-3,
         cache_salt="mine",
+        ttft_objective=0.5,
+        itl_objective=0.25,
         user="somebody",
         nobody_knows_this_field={"a": 1},
     )
@@ -207,6 +209,7 @@ async def test_every_field_reaches_the_worker(client: httpx.AsyncClient, dispatc
     assert (sampling.stop, sampling.stop_token_ids) == (("END",), (9,))
     assert sampling.ignore_eos
     assert (request.priority, request.cache_salt) == (-3, "mine")
+    assert (request.ttft_objective, request.itl_objective) == (0.5, 0.25)
 
 
 async def test_content_may_be_text_parts(client: httpx.AsyncClient, dispatcher: Any) -> None:

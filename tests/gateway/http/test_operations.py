@@ -116,6 +116,17 @@ async def test_request_ids(
     assert dispatcher.requests[0].request_id.startswith(answered)
 
 
+async def test_the_tenant_is_what_the_header_says(
+    client: httpx.AsyncClient, dispatcher: Any
+) -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+    for headers in ({"X-Tenant": "acme"}, {}):
+        await client.post("/v1/completions", json=body, headers=headers)
+    assert [request.tenant for request in dispatcher.requests] == ["acme", ""]
+    refused = await client.post("/v1/completions", json=body, headers={"X-Tenant": "x" * 257})
+    assert refused.json()["error"]["param"] == "tenant"
+
+
 async def test_the_same_request_id_twice_is_two_requests(
     client: httpx.AsyncClient, dispatcher: Any
 ) -> None:

@@ -48,6 +48,9 @@ class InferenceServicer:
             client_id=request.request_id,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
+            ttft_objective=request.ttft_objective,
+            itl_objective=request.itl_objective,
         )
         request_id = request.request_id or secrets.token_hex(16)
         async with aclosing(self._service.generate(model, prepared, arrival)) as events:

@@ -43,6 +43,9 @@ async def create_chat_completion(request: Request, body: ChatBody, edge: Current
         client_id=info.request_id,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        tenant=info.tenant,
+        ttft_objective=body.ttft_objective or 0.0,
+        itl_objective=body.itl_objective or 0.0,
     )
     writer = ChatWriter(model, prompt, body, n)
     choices = run_choices(service, model, [prompt], n, info.arrival)

@@ -47,7 +47,7 @@ class ChatWriter:
             return
         for chunk in self.chunks(choice):
             yield sse_event(chunk)
-        if not self._logprobs and not self._token_ids:
+        if event.finish_reason is None and not self._logprobs and not self._token_ids:
             self._templates[index] = self._template(index)
 
     def _template(self, index: int) -> EventTemplate:

@@ -68,6 +68,9 @@ async def _prepare(
         client_id=info.request_id,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        tenant=info.tenant,
+        ttft_objective=body.ttft_objective or 0.0,
+        itl_objective=body.itl_objective or 0.0,
     )
 
 

@@ -63,7 +63,7 @@ class CompletionWriter:
                 yield template.event(event.text)
         elif (chunk := self.chunk(choice)) is not None:
             yield sse_event(chunk)
-            if self._logprobs is None and not self._token_ids:
+            if event.finish_reason is None and self._logprobs is None and not self._token_ids:
                 self._templates[index] = self._template(index)
 
     def _template(self, index: int) -> EventTemplate:

@@ -32,6 +32,8 @@ class RequestInfo:
     request_id: str
     send: Send
     """The server's own: what follows the head of an answer needs none of the layers between."""
+    tenant: str = ""
+    """On whose account, as the client or a proxy in front of us says: header `x-tenant`."""
     arrival: float = field(default_factory=time.perf_counter)
     outcome: Outcome | None = None
     """Set where the HTTP status does not tell how it went: streams and clients that left."""

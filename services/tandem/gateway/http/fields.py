@@ -74,6 +74,8 @@ class GenerationFields(StrictModel):
     return_token_ids: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    ttft_objective: float | None = None
+    itl_objective: float | None = None
     user: str | None = None
 
     @property

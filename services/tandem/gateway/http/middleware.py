@@ -18,6 +18,7 @@ from tandem.gateway.http.errors import internal_error_response
 from tandem.gateway.metrics import GatewayMetrics, outcome_of_status
 
 _HEADER = b"x-request-id"
+_TENANT_HEADER = b"x-tenant"
 _ACCEPTED_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = structlog.get_logger(__name__)
 
@@ -33,7 +34,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        info = RequestInfo(_request_id(scope), send)
+        info = RequestInfo(_request_id(scope), send, _tenant(scope))
         scope.setdefault("state", {})["info"] = info
         gauge = self._metrics.in_flight("http")
         with gauge if scope["method"] == "POST" else contextlib.nullcontext():
@@ -70,6 +71,11 @@ def _request_id(scope: Scope) -> str:
         if name == _HEADER and _ACCEPTED_ID.fullmatch(value):
             return bytes(value).decode()
     return secrets.token_hex(16)
+
+
+def _tenant(scope: Scope) -> str:
+    values = (value for name, value in scope["headers"] if name == _TENANT_HEADER)
+    return bytes(next(values, b"")).decode("latin-1")
 
 
 def _endpoint(scope: Scope) -> str:

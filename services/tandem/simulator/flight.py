@@ -1,0 +1,46 @@
+"""One request on its way through the simulated cluster. State, and the times that it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tandem.core.request import Request
+from tandem.core.sequence import Sequence
+
+if TYPE_CHECKING:
+    from tandem.simulator.decode import SimulatedDecode
+    from tandem.simulator.prefill import SimulatedPrefill
+
+
+@dataclass(slots=True, eq=False)
+class SimulatedLeg:
+    """One prefill of one request on one prefill worker."""
+
+    sequence: Sequence
+    """On the prefill worker."""
+    num_tokens: int
+    was_asked: bool = False
+    held_tokens: int = 0
+    landed_at: float = 0.0
+    """When the last of its pieces so far arrives."""
+    first_token_at: float = 0.0
+    has_landed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request from arrival to its last token."""
+
+    request: Request
+    hashes: list[bytes]
+    arrival: float
+    decode: SimulatedDecode
+    prefill: SimulatedPrefill | None
+    sequence: Sequence
+    """On the decode worker."""
+    leg: SimulatedLeg | None = None
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    longest_gap: float = 0.0
+    preemptions: int = 0

@@ -1,0 +1,76 @@
+"""What an iteration costs: the work in it, and the estimate learnt from measurements."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from tandem.core.request import Request
+from tandem.core.sampling import SamplingParams
+from tandem.core.sequence import ScheduledChunk, Sequence
+from tandem.scheduler.costs import CostEstimator, Work, work_of
+
+
+def cost(work: Work, slow: float = 1.0) -> float:
+    """A machine: 5 ms, 0.2 ms per prompt token, 0.1 ms per decode, and attention."""
+    tokens = 2e-4 * work.prompt_tokens + 1e-4 * work.decodes
+    return slow * (5e-3 + tokens + 1e-8 * work.context + 2e-9 * work.attended)
+
+
+def random_work(rng: Random) -> Work:
+    decodes = rng.randrange(1, 40)
+    work = Work(decodes=decodes, context=decodes * rng.randrange(10, 2000))
+    if rng.random() < 0.5:
+        work = work.plus_prompt(rng.randrange(0, 4000), rng.randrange(2, 500))
+    return work
+
+
+def test_the_work_of_an_iteration() -> None:
+    request = Request("r", tuple(range(100)), 100, SamplingParams(max_tokens=4))
+    seq = Sequence(request, arrival=0)
+    chunks = [ScheduledChunk(seq, 20, 10), ScheduledChunk(seq, 99, 1), ScheduledChunk(seq, 49, 1)]
+    assert work_of(chunks) == Work(prompt_tokens=10, decodes=2, context=150, attended=250)
+    assert Work().plus_prompt(20, 10) == Work(prompt_tokens=10, attended=250)
+
+
+def test_the_estimate_finds_the_machine_and_follows_it_when_it_slows_down() -> None:
+    rng, estimator = Random(0), CostEstimator()
+    assert not estimator.trusted
+    for slow in (1.0, 3.0):
+        for _ in range(400):
+            work = random_work(rng)
+            estimator.measured(work, cost(work, slow))
+        assert estimator.trusted
+        for _ in range(50):
+            work = random_work(rng)
+            assert estimator.seconds(work) == pytest.approx(cost(work, slow), rel=0.02)
+
+
+def test_noise_averages_out() -> None:
+    rng, estimator = Random(1), CostEstimator()
+    for _ in range(500):
+        work = random_work(rng)
+        estimator.measured(work, cost(work) * rng.uniform(0.8, 1.2))
+    work = Work(decodes=16, context=16000).plus_prompt(0, 256)
+    assert estimator.seconds(work) == pytest.approx(cost(work), rel=0.1)
+
+
+def test_a_thousand_equal_iterations_do_not_blow_the_estimate_up() -> None:
+    estimator = CostEstimator()
+    for _ in range(1000):
+        estimator.measured(Work(decodes=8, context=4096), 0.01)
+    assert estimator.seconds(Work(decodes=8, context=4096)) == pytest.approx(0.01, rel=1e-3)
+    assert 0 <= estimator.seconds(Work(decodes=9, context=4700)) < 0.02
+
+
+def test_the_longest_chunk_within_a_time() -> None:
+    rng, estimator = Random(2), CostEstimator()
+    for _ in range(400):
+        work = random_work(rng)
+        estimator.measured(work, cost(work))
+    work = Work(decodes=4, context=400)
+    length = estimator.most_prompt_tokens(work, 1000, 10_000, seconds=0.05)
+    assert cost(work.plus_prompt(1000, length)) == pytest.approx(0.05, rel=0.02)
+    assert estimator.most_prompt_tokens(work, 0, 64, seconds=10.0) == 64
+    assert estimator.most_prompt_tokens(work, 0, 64, seconds=0.0) == 0
