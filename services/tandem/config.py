@@ -50,6 +50,8 @@ FLAGS: Mapping[str, str] = {
     "gateway.host": "--host",
     "gateway.port": "--port",
     "gateway.grpc_port": "--grpc-port",
+    "gateway.processes": "--gateways",
+    "gateway.metrics_port": "--metrics-port",
     "gateway.router.policy": "--routing-policy",
     "controller.host": "--controller-host",
     "controller.port": "--controller-port",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tandem.commands.options import ControllerAddress, RayAddress, takes_config
-from tandem.commands.ports import serve_ports, settle_ports
+from tandem.commands.ports import serve_ports, settle_metrics_ports, settle_ports
 from tandem.commands.progress import ClusterView, StartProgress
 from tandem.commands.start import everyone_ready
 from tandem.commands.terminal import console, reachable, tandem_command
@@ -30,6 +30,7 @@ def serve(config: TandemConfig, ray_address: RayAddress = "") -> None:
 
     dashboard = config.controller.dashboard and not ray_address
     config = settle_ports(config, serve_ports(config, dashboard=dashboard))
+    config = settle_metrics_ports(config)
     _check_model(config)
     Supervisor(config, ray_address).run()
 
@@ -79,16 +80,22 @@ def gateway(
     config: TandemConfig,
     controller: ControllerAddress = "",
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
+    index: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
-    """Run one gateway against a controller, in the foreground. Many may run."""
+    """Run a gateway against a controller, in the foreground. Many may run."""
     from tandem.commands.gateway_process import die_with, run_gateway
+    from tandem.commands.gateways import run_gateways
 
     die_with(parent)
+    controller = controller or reachable(config.controller.host, config.controller.port)
+    several = config.gateway.processes > 1
+    if several and parent:  # one of several: the ports are settled, and others may hold them
+        run_gateway(config, controller, index)
+        return
     ports = serve_ports(config, dashboard=False)
     del ports["controller.port"]
-    config = settle_ports(config, ports)
-    default = reachable(config.controller.host, config.controller.port)
-    run_gateway(config, controller or default)
+    config = settle_metrics_ports(settle_ports(config, ports))
+    (run_gateways if several else run_gateway)(config, controller)
 
 
 def _check_model(config: TandemConfig) -> None:

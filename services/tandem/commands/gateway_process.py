@@ -13,14 +13,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import httpx
 
 from tandem.commands.reaper import MARK
 from tandem.commands.terminal import reachable
 from tandem.config import ENV_PREFIX, dump_config
-from tandem.core.config import TandemConfig
+from tandem.core.config import GatewayConfig, TandemConfig
+
+if TYPE_CHECKING:
+    from tandem.gateway.interfaces import MetricsTarget
 
 PR_SET_PDEATHSIG = 1
 STOP_TIMEOUT = 3.0
@@ -30,17 +33,22 @@ LOG_TAIL_BYTES = 4096
 class GatewayProcess:
     """`start`, ask it now and then, `stop`."""
 
-    def __init__(self, config: TandemConfig, controller: str, log_file: Path | None) -> None:
+    def __init__(
+        self, config: TandemConfig, controller: str, log_file: Path | None, index: int = 0
+    ) -> None:
         self._config = config
         self._controller = controller
         self._log_file = log_file
         self._process: subprocess.Popen[str] | None = None
-        self._ready_url = f"http://{reachable(config.gateway.host, config.gateway.port)}/ready"
+        self._index = index
+        port = own_port(config.gateway, index) or config.gateway.port
+        self._ready_url = f"http://{reachable(config.gateway.host, port)}/ready"
 
     def start(self) -> None:
         """Start the process, again if it had ended. Call it from the main thread."""
         command = [sys.executable, "-m", "tandem", "gateway", "--config", "-"]
         command += ["--controller", self._controller, "--parent", str(os.getpid())]
+        command += ["--index", str(self._index)]
         # The configuration is complete: the environment must not override what flags decided.
         environment = {k: v for k, v in os.environ.items() if not _is_setting(k)}
         output = self._open_log()
@@ -60,6 +68,11 @@ class GatewayProcess:
         if self._process.stdin is not None:
             with self._process.stdin as stdin:
                 stdin.write(dump_config(self._config))
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     def exit_code(self) -> int | None:
         """None while it runs."""
@@ -95,8 +108,16 @@ class GatewayProcess:
         return self._log_file.open("ab") if self._log_file is not None else None
 
 
-def run_gateway(config: TandemConfig, controller: str) -> None:
-    """Be a gateway until SIGTERM or SIGINT. Raises `ConfigError` if a port is not free."""
+def own_port(config: GatewayConfig, index: int) -> int | None:
+    """The port on which one of several gateways answers alone; None if there is only one."""
+    return config.metrics_port + index if config.processes > 1 else None
+
+
+def run_gateway(config: TandemConfig, controller: str, index: int = 0) -> None:
+    """Be a gateway, number `index` of those that share the ports, until SIGTERM or SIGINT.
+
+    Raises `ConfigError` if a port is not free.
+    """
     from tandem.controller.logs import configure_logging
     from tandem.gateway.dispatch.dispatcher import Dispatcher
     from tandem.gateway.metrics import GatewayMetrics
@@ -106,8 +127,21 @@ def run_gateway(config: TandemConfig, controller: str) -> None:
     configure_logging(config.log_level)
     metrics = GatewayMetrics()
     dispatcher = Dispatcher(config.gateway, controller, metrics)
-    targets = ClusterMetricsTargets(controller)
-    GatewayServer(config.gateway, dispatcher, metrics, targets=targets).run()
+    targets = ClusterMetricsTargets(controller, _gateway_targets(config.gateway))
+    port = own_port(config.gateway, index)
+    GatewayServer(config.gateway, dispatcher, metrics, targets=targets, own_port=port).run()
+
+
+def _gateway_targets(config: GatewayConfig) -> list[MetricsTarget]:
+    """Where each of several gateways answers alone."""
+    from tandem.gateway.interfaces import MetricsTarget
+
+    ports = [own_port(config, index) for index in range(config.processes)]
+    return [
+        MetricsTarget(reachable(config.host, port), f"gateway-{index}", "gateway")
+        for index, port in enumerate(ports)
+        if port is not None
+    ]
 
 
 def die_with(parent: int) -> None:

@@ -13,6 +13,9 @@ from tandem.config import FLAGS
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError, UnavailableError
 
+MAX_PORT = 65535
+TRIES = 50
+
 
 def settle_ports(config: TandemConfig, settings: Mapping[str, tuple[str, int]]) -> TandemConfig:
     """Check each `setting -> (host, port)` and replace port 0 by a free one.
@@ -42,6 +45,43 @@ def serve_ports(config: TandemConfig, *, dashboard: bool) -> dict[str, tuple[str
     if dashboard:
         ports["controller.dashboard_port"] = ("127.0.0.1", controller.dashboard_port)
     return ports
+
+
+def settle_metrics_ports(config: TandemConfig) -> TandemConfig:
+    """Check the ports on which each of several gateways answers alone; 0 becomes free ones.
+
+    Raises `ConfigError` if one is also another setting's, `UnavailableError` if one is in use.
+    """
+    gateway = config.gateway
+    if gateway.processes == 1:
+        return config
+    first = gateway.metrics_port or _free_row(gateway.host, gateway.processes)
+    row = range(first, first + gateway.processes)
+    for setting, (_, port) in serve_ports(config, dashboard=True).items():
+        if port in row:
+            raise ConfigError(
+                f"gateway.metrics_port takes {row[0]} to {row[-1]}, and {setting} is {port}; "
+                "they must differ"
+            )
+    if row[-1] > MAX_PORT:
+        raise ConfigError(f"gateway.metrics_port must leave room for {len(row)} ports, got {first}")
+    for port in row:
+        _check("gateway.metrics_port", gateway.host, port)
+    settled = gateway.model_copy(update={"metrics_port": first})
+    return config.model_copy(update={"gateway": settled})
+
+
+def _free_row(host: str, count: int) -> int:
+    """Return the first of `count` free ports in a row."""
+    for _ in range(TRIES):
+        first = _check("gateway.metrics_port", host, 0)
+        try:
+            for port in range(first + 1, min(first + count, MAX_PORT + 1)):
+                _check("gateway.metrics_port", host, port)
+        except UnavailableError:
+            continue
+        return first
+    raise UnavailableError(f"there are no {count} free ports in a row (--metrics-port)")
 
 
 def _check(setting: str, host: str, port: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from tandem.commands.gateway_process import GatewayProcess
+from tandem.commands.gateways import Gateways
 from tandem.commands.hints import print_hints
 from tandem.commands.progress import ClusterView, StartProgress, describe, state_name
 from tandem.commands.reaper import Reaper
@@ -75,7 +75,7 @@ class Supervisor:
         reaper = Reaper()
         try:
             with self._ray(reaper) as cluster, self._controller(cluster) as (handle, view):
-                gateway = GatewayProcess(self._config, handle.address(), self._gateway_log())
+                gateway = Gateways(self._config, handle.address(), self._gateway_log())
                 try:
                     self._start(handle, view, gateway)
                     print_hints(self._config, cluster.dashboard)
@@ -130,7 +130,7 @@ class Supervisor:
         finally:
             handle.stop()
 
-    def _start(self, handle: ControllerHandle, view: ClusterView, gateway: GatewayProcess) -> None:
+    def _start(self, handle: ControllerHandle, view: ClusterView, gateway: Gateways) -> None:
         """Return once the gateway would serve a request and every worker is ready."""
         gateway.start()
         with StartProgress(console).shown() as progress:
@@ -141,7 +141,7 @@ class Supervisor:
                     raise UnavailableError(f"the gateway ended: {gateway.last_words()}")
                 self._interrupts.asked.wait(POLL_INTERVAL)
 
-    def _watch(self, view: ClusterView, gateway: GatewayProcess) -> None:
+    def _watch(self, view: ClusterView, gateway: Gateways) -> None:
         """Tell what changes, and bring a fallen gateway back, until asked to stop."""
         started = time.monotonic()
         while not self._interrupts.asked.wait(WATCH_INTERVAL):

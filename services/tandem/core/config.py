@@ -168,6 +168,14 @@ class GatewayConfig(_Frozen):
     host: str = Field("127.0.0.1", description="address of the HTTP and gRPC servers")
     port: Port = Field(8000, description="HTTP port; 0 picks a free one")
     grpc_port: Port = Field(50051, description="gRPC port; 0 picks a free one")
+    processes: int = Field(
+        1, ge=1, le=256, description="gateway processes that share the HTTP and the gRPC port"
+    )
+    metrics_port: Port = Field(
+        8100,
+        description="with several processes, the port where the first answers alone (/metrics, "
+        "/ready); each other takes the next one; 0 picks free ones",
+    )
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="largest request body")
     max_n: int = Field(16, ge=1, description="largest n of a request")
     max_attempts: int = Field(5, ge=1, description="times a request is dispatched before it fails")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from tandem.core.request import Request
 from tandem.gateway.model import ServedModel
@@ -20,11 +21,10 @@ from tandem.gateway.service import InferenceService
 _QUEUE_SIZE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """An event of one choice. Choices are numbered prompt by prompt, `n` to each."""
 
-    index: int
+    number: int
     event: TextEvent
 
 

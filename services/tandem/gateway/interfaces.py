@@ -45,8 +45,7 @@ class HandoverTimes:
     kv_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class OutputEvent:
+class OutputEvent(NamedTuple):
     """Tokens of one request since the event before. At least one token, or a finish reason."""
 
     token_ids: tuple[int, ...]
@@ -65,6 +64,11 @@ class OutputEvent:
     """With the first token of an attempt."""
     handover: HandoverTimes | None = None
     """With the first token after KV from a prefill worker was complete."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but tokens and an end is in it: it may be joined to the event before."""
+        return self.stages is None and self.handover is None and self.prompt_logprobs is None
 
 
 class OutputStream(Protocol):

@@ -7,6 +7,7 @@ that a stream that was resumed elsewhere reads the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tandem.core.request import FinishReason, PositionLogprobs
 from tandem.core.sampling import SamplingParams
@@ -25,8 +26,7 @@ class Usage:
     cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class TextEvent:
+class TextEvent(NamedTuple):
     """What one stream has to say since the event before."""
 
     text: str
@@ -50,6 +50,7 @@ class OutputAssembler:
             sampling.stop, include_stop=sampling.include_stop_str_in_output
         )
         self._sampling = sampling
+        self._watches_stops = bool(sampling.stop)
         self._prompt_len = prompt_len
         self._num_tokens = 0
         self._cached_tokens = 0
@@ -85,10 +86,13 @@ class OutputAssembler:
             ends_it = count == last and self._is_stop_token(event, token_id)
             if ends_it and not self._sampling.include_stop_str_in_output:
                 continue
-            text, stop = self._filter(self._detokenizer.push(token_id))
+            text = self._detokenizer.push(token_id)
+            if self._watches_stops:
+                text, stop = self._filter(text)
+                if stop is not None:
+                    parts.append(text)
+                    return "".join(parts), count, stop
             parts.append(text)
-            if stop is not None:
-                return "".join(parts), count, stop
         if event.finish_reason is not None:
             text, stop = self._filter(self._detokenizer.flush())
             parts += [text, self._stops.flush()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Iterator
@@ -40,12 +41,17 @@ class GatewayServer:
         *,
         targets: MetricsTargets | None = None,
         grace_seconds: float = GRACE_SECONDS,
+        own_port: int | None = None,
     ) -> None:
-        """Needs a running event loop only from `start` on, if the dispatcher does not before."""
+        """`own_port`: answer there too, alone, where other gateways share the HTTP port.
+
+        Needs a running event loop only from `start` on, if the dispatcher does not before.
+        """
         self._config = config
         self._grace = grace_seconds
         self._metrics = metrics
         self._targets = targets
+        self._own_port = own_port
         self.service = InferenceService(dispatcher, metrics)
         self._grpc: GrpcEdge | None = None
         self._http: _HttpServer | None = None
@@ -58,18 +64,22 @@ class GatewayServer:
     async def start(self) -> None:
         """Bind both ports and serve. Raises `ConfigError` if a port is not free."""
         self._stop_asked = asyncio.Event()
-        listener = bind(self._config.host, self._config.port)
-        self.port = listener.getsockname()[1]
+        shared = self._config.processes > 1
+        listeners = [bind(self._config.host, self._config.port, shared=shared)]
+        self.port = listeners[0].getsockname()[1]
         self._grpc = GrpcEdge(self.service, self._config, self._metrics)
         try:
+            if self._own_port is not None:
+                listeners.append(bind(self._config.host, self._own_port, setting="metrics_port"))
             await self._grpc.start()
         except ConfigError:
-            listener.close()
+            for listener in listeners:
+                listener.close()
             raise
         self.grpc_port = self._grpc.port
         await self.service.start()
         self._http = _HttpServer(self._uvicorn_config())
-        self._http_task = asyncio.create_task(self._http.serve([listener]), name="http")
+        self._http_task = asyncio.create_task(self._http.serve(listeners), name="http")
         listening = asyncio.create_task(self._http.listening.wait())
         await asyncio.wait((listening, self._http_task), return_when=asyncio.FIRST_COMPLETED)
         if self._http_task.done():
@@ -106,6 +116,7 @@ class GatewayServer:
         """Serve until SIGTERM or SIGINT. A second signal cuts the streams at once."""
         loop = asyncio.get_running_loop()
         await self.start()
+        gc.freeze()  # what lives as long as the process is not looked at again between tokens
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         try:
@@ -158,8 +169,11 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises `ConfigError` naming the port and its flag."""
+def bind(host: str, port: int, *, setting: str = "port", shared: bool = False) -> socket.socket:
+    """Return a listening socket, which may be one of several on its port.
+
+    Raises `ConfigError` naming the port and its flag.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -169,13 +183,15 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"host: cannot listen on {host!r}: {error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"port: cannot listen on {host}:{port} ({error.strerror}); is another server running "
-            "there? Choose another port with --port"
+            f"{setting}: cannot listen on {host}:{port} ({error.strerror}); is another server "
+            f"running there? Choose another port with --{setting.replace('_', '-')}"
         ) from error
     listener.setblocking(False)
     return listener

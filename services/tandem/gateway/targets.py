@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 import grpc.aio
 
@@ -16,11 +18,13 @@ _ROLES: dict[int, str] = {cluster_pb2.ROLE_PREFILL: "prefill", cluster_pb2.ROLE_
 class ClusterMetricsTargets:
     """Implements `MetricsTargets` over `Cluster.Status`."""
 
-    def __init__(self, controller_address: str) -> None:
+    def __init__(self, controller_address: str, gateways: Sequence[MetricsTarget] = ()) -> None:
+        """`gateways` are those that share this one's ports, if there are several."""
         self._address = controller_address
+        self._gateways = tuple(gateways)
 
     async def __call__(self) -> list[MetricsTarget]:
-        """Return every worker that says where its metrics are.
+        """Return every worker that says where its metrics are, and the gateways.
 
         Raises `UnavailableError` when the controller does not answer: Prometheus then keeps the
         targets that it knows.
@@ -33,8 +37,9 @@ class ClusterMetricsTargets:
                 raise UnavailableError(
                     f"the controller at {self._address} does not answer: {error.details()}"
                 ) from error
-        return [
+        workers = [
             MetricsTarget(worker.metrics_address, worker.name, _ROLES.get(worker.role, "unknown"))
             for worker in status.workers
             if worker.metrics_address
         ]
+        return [*workers, *self._gateways]

@@ -359,11 +359,10 @@ async def collect(stream) -> list[int]:
 
 
 async def take(stream, count: int) -> list[int]:
-    """Read exactly `count` tokens."""
+    """Read until there are `count` tokens; more, if they came together."""
     tokens: list[int] = []
     while len(tokens) < count:
         tokens.extend((await asyncio.wait_for(anext(stream), 10)).token_ids)
-    assert len(tokens) == count
     return tokens
 
 

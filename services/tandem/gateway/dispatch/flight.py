@@ -7,13 +7,13 @@ attempt that begin where it ends.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 from tandem.core.errors import TandemError
 from tandem.core.request import FinishReason, PositionLogprobs, Request
+from tandem.gateway.dispatch.mailbox import Item, Mailbox, Wakeups
 from tandem.gateway.dispatch.stream import DecodeStream
 from tandem.gateway.dispatch.view import Member
 from tandem.gateway.interfaces import HandoverTimes, OutputEvent, StageTimes
@@ -31,7 +31,9 @@ class Flight:
     choose, is not: two requests of one name never share blocks, messages or load.
     """
 
-    def __init__(self, request: Request, wire_id: str, max_model_len: int) -> None:
+    def __init__(
+        self, request: Request, wire_id: str, max_model_len: int, wakeups: Wakeups
+    ) -> None:
         self.request = replace(request, sampling=as_on_the_wire(request.sampling))
         self.wire_id = wire_id
         self.attempt = request.attempt - 1
@@ -47,9 +49,12 @@ class Flight:
         """Why it is being moved, until it has been."""
         self.over = False
         self._max_model_len = max_model_len
-        self._events: asyncio.Queue[OutputEvent | TandemError | None] = asyncio.Queue()
+        self._mailbox = Mailbox(wakeups)
+        self._outputs_before = len(request.token_ids) - request.prompt_len
+        self._logprobs_per_token = 0 if request.sampling.logprobs is None else 1
         self._cached_tokens: int | None = None
         self._started = False
+        self._emitted_before = 0
         self._wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
         self._prompt_logprobs: list[PositionLogprobs | None] = []
         self._hashes: list[bytes] = []
@@ -62,7 +67,7 @@ class Flight:
     @property
     def num_outputs(self) -> int:
         """Tokens after the prompt: the `output_index` that comes next."""
-        return len(self.request.token_ids) - self.request.prompt_len + len(self.emitted)
+        return self._outputs_before + len(self.emitted)
 
     def hashes(self, block_size: int) -> list[bytes]:
         """Return the chained hashes of the full blocks of `token_ids`."""
@@ -77,6 +82,7 @@ class Flight:
         self.dispatches += 1
         self.recovery = None
         self._started = False
+        self._emitted_before = len(self.emitted)
         self._prompt_logprobs = []
         sampling = self.request.sampling
         if not self._wants_prompt_logprobs:
@@ -98,17 +104,20 @@ class Flight:
 
         Raises `TandemError`, with nothing handed on, if the output contradicts the request.
         """
-        if output.output_index != self.num_outputs:
-            return "stale" if output.output_index < self.num_outputs else "gap"
-        self._prompt_logprobs.extend(_prompt_position(entry) for entry in output.prompt_logprobs)
+        index, due = output.output_index, self.num_outputs
+        if index != due:
+            return "stale" if index < due else "gap"
+        if prompt_logprobs := output.prompt_logprobs:
+            self._prompt_logprobs.extend(_prompt_position(entry) for entry in prompt_logprobs)
         reason = finish_reason_from_proto(output.finish_reason)
-        if output.token_ids or reason is not None:
-            self._emit(output, reason)
+        token_ids = tuple(output.token_ids)
+        if token_ids or reason is not None:
+            self._emit(output, token_ids, reason)
         return "accepted"
 
-    def starts_with(self, output: worker_pb2.SequenceOutput) -> bool:
-        """Whether this output has the first token of the current attempt. True once an attempt."""
-        first = not self._started and len(output.token_ids) > 0
+    def starts(self) -> bool:
+        """Whether the first token of the current attempt is here. True once an attempt."""
+        first = not self._started and len(self.emitted) > self._emitted_before
         self._started = self._started or first
         return first
 
@@ -127,7 +136,7 @@ class Flight:
     def complete(self, reason: FinishReason) -> None:
         """Tell the consumer that what it has is the whole answer."""
         stop_token_id = self.emitted[-1] if reason == "stop" else None
-        self._events.put_nowait(
+        self._mailbox.put(
             OutputEvent(
                 token_ids=(),
                 finish_reason=reason,
@@ -138,31 +147,37 @@ class Flight:
 
     def fail(self, error: TandemError) -> None:
         """Raise `error` at the consumer, after the tokens that it has not read yet."""
-        self._events.put_nowait(error)
+        self._mailbox.put(error)
 
     def end(self) -> None:
         """Let a consumer that waits see the end: the request was closed."""
-        self._events.put_nowait(None)
+        self._mailbox.put(None)
 
-    async def next_event(self) -> OutputEvent | TandemError | None:
+    async def next_event(self) -> Item:
         """Return what comes next for the consumer."""
-        return await self._events.get()
+        return await self._mailbox.get()
 
-    def _emit(self, output: worker_pb2.SequenceOutput, reason: FinishReason | None) -> None:
-        wanted = 0 if self.request.sampling.logprobs is None else len(output.token_ids)
-        if len(output.logprobs) != wanted:
-            raise TandemError(f"{len(output.logprobs)} logprobs came where {wanted} were due")
+    def _emit(
+        self,
+        output: worker_pb2.SequenceOutput,
+        token_ids: tuple[int, ...],
+        reason: FinishReason | None,
+    ) -> None:
+        logprobs = output.logprobs
+        wanted = self._logprobs_per_token * len(token_ids)
+        if len(logprobs) != wanted:
+            raise TandemError(f"{len(logprobs)} logprobs came where {wanted} were due")
         has_first = output.HasField("first")
         if has_first and self._cached_tokens is None:
             self._cached_tokens = output.first.cached_tokens
         prompt_logprobs = None
-        if self._wants_prompt_logprobs and output.token_ids:
+        if self._wants_prompt_logprobs and token_ids:
             prompt_logprobs = self._take_prompt_logprobs()
-        self.emitted.extend(output.token_ids)
-        self._events.put_nowait(
+        self.emitted.extend(token_ids)
+        self._mailbox.put(
             OutputEvent(
-                token_ids=tuple(output.token_ids),
-                logprobs=tuple(position_logprobs_from_proto(entry) for entry in output.logprobs),
+                token_ids=token_ids,
+                logprobs=tuple(map(position_logprobs_from_proto, logprobs)) if wanted else (),
                 prompt_logprobs=prompt_logprobs,
                 finish_reason=reason,
                 stop_token_id=output.stop_token_id if reason == "stop" else None,

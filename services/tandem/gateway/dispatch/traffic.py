@@ -22,6 +22,7 @@ from tandem.core.config import GatewayConfig
 from tandem.core.errors import OverloadedError, TandemError, UnavailableError
 from tandem.core.request import Request
 from tandem.gateway.dispatch.flight import Flight
+from tandem.gateway.dispatch.mailbox import Wakeups
 from tandem.gateway.dispatch.parking import Parking
 from tandem.gateway.dispatch.routing import Routing, prefill_target
 from tandem.gateway.dispatch.stream import DecodeStream
@@ -48,6 +49,7 @@ class Traffic:
         self._flights: dict[str, Flight] = {}
         self._parking = Parking(config.no_worker_timeout, self._retry_parked, self._give_up)
         self._count = itertools.count()
+        self._wakeups = Wakeups()
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -60,7 +62,7 @@ class Traffic:
         if model is None:
             raise UnavailableError("the cluster is not known yet")
         wire_id = f"{request.request_id}~{self._gateway_id}.{next(self._count)}"
-        flight = Flight(request, wire_id, model.max_model_len)
+        flight = Flight(request, wire_id, model.max_model_len, self._wakeups)
         self._dispatch(flight)
         self._flights[wire_id] = flight
         return flight
@@ -160,7 +162,7 @@ class Traffic:
             detail = f"output {output.output_index} came where {flight.num_outputs} was due"
             self._abandon_attempt(flight, "output_gap", TandemError(detail))
         else:
-            if flight.starts_with(output):
+            if flight.starts():
                 self._routing.first_token(flight)
             if output.finish_reason:
                 self._end(flight)

@@ -22,10 +22,10 @@ class GrpcEdge:
         self, service: InferenceService, config: GatewayConfig, metrics: GatewayMetrics
     ) -> None:
         self._config = config
-        # Without so_reuseport a second gateway on the same port is an error, not a rival.
+        # Unless several are to share the port, a second one there is an error, not a rival.
         self._server = grpc.aio.server(
             options=(
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(config.processes > 1)),
                 ("grpc.max_receive_message_length", config.max_body_bytes),
             )
         )

@@ -13,6 +13,7 @@ from tandem.gateway.choices import Choice
 from tandem.gateway.http.chat_schema import ChatRequest
 from tandem.gateway.http.collect import Collected, collect
 from tandem.gateway.http.logprobs import chat_logprobs, prompt_logprobs
+from tandem.gateway.http.sse import EventTemplate, sse_event
 from tandem.gateway.http.usage import UsageTally
 from tandem.gateway.model import ServedModel
 from tandem.gateway.output import TextEvent
@@ -28,6 +29,7 @@ class ChatWriter:
         self._token_ids = bool(body.return_token_ids)
         self._logprobs = prompt.sampling.logprobs is not None
         self._started = [False] * n
+        self._templates: list[EventTemplate | None] = [None] * n
         self._tally = UsageTally(n)
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -36,9 +38,26 @@ class ChatWriter:
             "model": model.info.name,
         }
 
+    def events(self, choice: Choice) -> Iterator[bytes]:
+        """Return the server-sent events for what a choice says."""
+        index, event = choice
+        if event.finish_reason is None and (template := self._templates[index]) is not None:
+            if event.text:
+                yield template.event(event.text)
+            return
+        for chunk in self.chunks(choice):
+            yield sse_event(chunk)
+        if event.finish_reason is None and not self._logprobs and not self._token_ids:
+            self._templates[index] = self._template(index)
+
+    def _template(self, index: int) -> EventTemplate:
+        """What every later event of a choice looks like, if it is text and nothing else."""
+        event = TextEvent(EventTemplate.HOLE, ())
+        return EventTemplate(self._chunk(self._delta_choice(index, event)))
+
     def chunks(self, choice: Choice) -> Iterator[dict[str, Any]]:
         """Return the chunks for one event: first the role, then whatever there is to say."""
-        index, event = choice.index, choice.event
+        index, event = choice
         if event.usage is not None:
             self._tally.add(index, event.usage)
         if not self._started[index]:

@@ -31,12 +31,12 @@ async def collect(choices: AsyncIterator[Choice], count: int, tally: UsageTally)
     """Return what each of `count` choices said, and count their usage."""
     collected = [Collected() for _ in range(count)]
     async for choice in choices:
-        item, event = collected[choice.index], choice.event
+        item, event = collected[choice.number], choice.event
         item.parts.append(event.text)
         item.token_ids += event.token_ids
         item.logprobs += event.logprobs
         item.prompt_logprobs = event.prompt_logprobs or item.prompt_logprobs
         if event.usage is not None:
             item.finish_reason, item.stop_reason = event.finish_reason, event.stop_reason
-            tally.add(choice.index, event.usage)
+            tally.add(choice.number, event.usage)
     return collected

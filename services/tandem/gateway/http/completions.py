@@ -84,8 +84,8 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     async with aclosing(choices):
         async for choice in choices:
-            if (chunk := writer.chunk(choice)) is not None:
-                yield sse_event(chunk)
+            for event in writer.events(choice):
+                yield event
     if (last := writer.usage_chunk()) is not None:
         yield sse_event(last)
     yield DONE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from tandem.gateway.choices import Choice
 from tandem.gateway.http.collect import collect
 from tandem.gateway.http.completions_schema import CompletionRequest
 from tandem.gateway.http.logprobs import CompletionLogprobs, prompt_logprobs
+from tandem.gateway.http.sse import EventTemplate, sse_event
 from tandem.gateway.http.usage import UsageTally
 from tandem.gateway.model import ServedModel
 from tandem.gateway.output import TextEvent
@@ -40,6 +41,7 @@ class CompletionWriter:
         self._wants_prompt_logprobs = body.prompt_logprobs is not None
         count = len(prompts) * n
         self._started = [False] * count
+        self._templates: list[EventTemplate | None] = [None] * count
         self._logprobs: list[CompletionLogprobs] | None = None
         if body.logprobs is not None:
             self._logprobs = [self._logprobs_writer(index) for index in range(count)]
@@ -53,25 +55,44 @@ class CompletionWriter:
             "model": model.info.name,
         }
 
+    def events(self, choice: Choice) -> Iterator[bytes]:
+        """Return the server-sent event for what a choice says, or none if that is nothing yet."""
+        index, event = choice
+        if event.finish_reason is None and (template := self._templates[index]) is not None:
+            if event.text:
+                yield template.event(event.text)
+        elif (chunk := self.chunk(choice)) is not None:
+            yield sse_event(chunk)
+            if event.finish_reason is None and self._logprobs is None and not self._token_ids:
+                self._templates[index] = self._template(index)
+
+    def _template(self, index: int) -> EventTemplate:
+        """What every later event of a choice looks like, if it is text and nothing else."""
+        event = TextEvent(EventTemplate.HOLE, ())
+        return EventTemplate(self._chunk(index, event, first=False))
+
     def chunk(self, choice: Choice) -> dict[str, Any] | None:
         """Return the chunk for one event, or None if there is nothing to say yet."""
-        index, event = choice.index, choice.event
+        index, event = choice
         if event.usage is not None:
             self._tally.add(index, event.usage)
         first, self._started[index] = not self._started[index], True
         says = event.text or event.finish_reason or self._logprobs or self._token_ids
         if not says and not (first and self._echo):
             return None
-        chunk = {**self._head, "choices": [self._choice(index, event, first=first)]}
-        if self._include_usage:
-            chunk["usage"] = None
-        return chunk
+        return self._chunk(index, event, first=first)
 
     def usage_chunk(self) -> dict[str, Any] | None:
         """Return the last chunk, if the client asked for the usage."""
         if not self._include_usage:
             return None
         return {**self._head, "choices": [], "usage": self._tally.as_json()}
+
+    def _chunk(self, index: int, event: TextEvent, *, first: bool) -> dict[str, Any]:
+        chunk = {**self._head, "choices": [self._choice(index, event, first=first)]}
+        if self._include_usage:
+            chunk["usage"] = None
+        return chunk
 
     async def whole(self, choices: AsyncGenerator[Choice, None]) -> dict[str, Any]:
         """Return the whole answer."""

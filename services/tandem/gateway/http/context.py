@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
+from starlette.types import Send
 
 from tandem.core.config import GatewayConfig
 from tandem.gateway.interfaces import MetricsTargets
@@ -29,6 +30,8 @@ class RequestInfo:
     """Made by the middleware for every request."""
 
     request_id: str
+    send: Send
+    """The server's own: what follows the head of an answer needs none of the layers between."""
     tenant: str = ""
     """On whose account, as the client or a proxy in front of us says: header `x-tenant`."""
     arrival: float = field(default_factory=time.perf_counter)

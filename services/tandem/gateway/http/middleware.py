@@ -34,7 +34,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        info = RequestInfo(_request_id(scope), _tenant(scope))
+        info = RequestInfo(_request_id(scope), send, _tenant(scope))
         scope.setdefault("state", {})["info"] = info
         gauge = self._metrics.in_flight("http")
         with gauge if scope["method"] == "POST" else contextlib.nullcontext():

@@ -17,7 +17,7 @@ import structlog
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tandem.core.errors import TandemError
 from tandem.gateway.http.context import RequestInfo, request_info
@@ -37,6 +37,20 @@ _log = structlog.get_logger(__name__)
 def sse_event(content: Any) -> bytes:
     """Return one event: JSON never holds a bare line break, so one `data` line is enough."""
     return b"data: %b\n\n" % orjson.dumps(content)
+
+
+class EventTemplate:
+    """Events that differ in one string only: what stands around it is written once."""
+
+    HOLE = "\0"
+
+    def __init__(self, content: Any) -> None:
+        """`content` has `HOLE` where the string goes, once."""
+        self._before, self._after = sse_event(content).split(orjson.dumps(self.HOLE))
+
+    def event(self, text: str) -> bytes:
+        """Return the event with `text` in the hole."""
+        return b"%b%b%b" % (self._before, orjson.dumps(text), self._after)
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -72,28 +86,31 @@ class _EventStream(Response):
         self._info = info
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = asyncio.ensure_future(self._send_all(send))
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        task = asyncio.ensure_future(self._send_all(self._info.send))
         if not await _first_done(task, receive):
             self._info.outcome = "cancelled"
         else:
             task.result()
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        body = {"type": "http.response.body", "more_body": True}
         try:
             async with aclosing(self._events) as events:
-                await send({**body, "body": self._first})
+                await send(_body(self._first))
                 async for event in events:
-                    await send({**body, "body": event})
+                    await send(_body(event))
         except TandemError as error:
             self._info.outcome = outcome_of_status(error.http_status)
-            await send({**body, "body": sse_event(error_object(error))})
+            await send(_body(sse_event(error_object(error))))
         except Exception:
             _log.exception("stream failed", request_id=self._info.request_id)
             self._info.outcome = "error"
-            await send({**body, "body": sse_event(internal_error_object())})
+            await send(_body(sse_event(internal_error_object())))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _body(content: bytes) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": True}
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:

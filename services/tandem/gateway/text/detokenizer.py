@@ -19,15 +19,21 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._token_bytes = tokenizer.token_bytes
+        self._whole_text = tokenizer.whole_text
         self._special_ids = tokenizer.special_ids
         self._separator = tokenizer.separator
         self._decoder = _Utf8Decoder(errors="replace")
+        self._in_character = False
 
     def push(self, token_id: int) -> str:
         """Return the text that became certain with this token."""
+        if not self._in_character and (whole := self._whole_text(token_id)) is not None:
+            return whole
         if token_id in self._special_ids:
             return ""
-        return self._decoder.decode(self._separator + self._token_bytes(token_id))
+        text = self._decoder.decode(self._separator + self._token_bytes(token_id))
+        self._in_character = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """Return what an unfinished character at the end comes to: U+FFFD, or nothing."""

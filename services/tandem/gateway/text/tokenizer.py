@@ -51,6 +51,7 @@ class Tokenizer:
         bos = self.named_tokens.get("bos_token")
         self._forced_bos = backend.token_to_id(bos) if add_bos_token and bos else None
         self._pieces: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
 
     @property
     def separator(self) -> bytes:
@@ -78,6 +79,17 @@ class Tokenizer:
             piece = self._pieces[token_id] = self._look_up(token_id)
         return piece
 
+    def whole_text(self, token_id: int) -> str | None:
+        """What a token adds to a text that ends with a whole character; nothing if it is special.
+
+        None if its bytes are not whole characters: then what it adds depends on its neighbours.
+        """
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            text = self._texts[token_id] = self._look_up_text(token_id)
+            return text
+
     def token_text(self, token_id: int) -> str:
         """One token as a string of its own; `bytes:\\x..` where it is not whole characters."""
         piece = self.token_bytes(token_id)
@@ -100,6 +112,14 @@ class Tokenizer:
         special = self.special_ids if skip_special_tokens else frozenset()
         pieces = [self.token_bytes(token_id) for token_id in token_ids if token_id not in special]
         return self._decoder.join(pieces, continuation=continuation).decode(errors="replace")
+
+    def _look_up_text(self, token_id: int) -> str | None:
+        if token_id in self.special_ids:
+            return ""
+        try:
+            return (self.separator + self.token_bytes(token_id)).decode()
+        except UnicodeDecodeError:
+            return None
 
     def _look_up(self, token_id: int) -> bytes:
         if token_id in self._added:
