@@ -1,7 +1,6 @@
 #include "team.h"
 
 #include <linux/futex.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -22,30 +21,12 @@ void futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, nullptr, nullptr, 0);
 }
 
-// Pins the threads one to a core where the process was given exactly as many cores.
-void pin(std::vector<std::thread>& workers) {
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
-  if (CPU_COUNT(&allowed) != static_cast<int>(workers.size()) + 1) return;
-  int cpu = 0;
-  while (!CPU_ISSET(cpu, &allowed)) ++cpu;  // the first core is the caller's
-  for (auto& worker : workers) {
-    do ++cpu;
-    while (!CPU_ISSET(cpu, &allowed));
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(cpu, &one);
-    pthread_setaffinity_np(worker.native_handle(), sizeof(one), &one);
-  }
-}
-
 }  // namespace
 
 Team::Team(int threads) {
   for (int index = 1; index < threads; ++index) {
     workers_.emplace_back([this, index] { work(index); });
   }
-  if (threads > 1) pin(workers_);
 }
 
 Team::~Team() {
