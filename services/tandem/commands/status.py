@@ -88,6 +88,7 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "tokens_per_second": worker.tokens_per_second,
         "iterations": worker.iterations,
         "policy": worker.policy,
+        "kernels": worker.kernels,
         "restarts": worker.restarts,
         "detail": worker.detail,
     }
@@ -109,8 +110,9 @@ def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     if len(policies) > 1:
         policies = {f"{role_name(w)} {w.policy}" for w in cluster.workers if w.policy}
     facts += [f"policy {', '.join(sorted(policies))}"] if policies else []
-    facts += ["blocks used/cached/total"]
-    lines: list[RenderableType] = [Text(", ".join(facts)), table]
+    kernels = sorted({worker.kernels for worker in cluster.workers if worker.kernels})
+    legend = ", ".join([*(f"kernels {name}" for name in kernels), "blocks used/cached/total"])
+    lines: list[RenderableType] = [Text(", ".join(facts)), Text(legend, style="dim"), table]
     lines += [_note(worker, many_nodes=len(nodes) > 1) for worker in cluster.workers]
     if cluster.dashboard:
         lines.append(Text(f"dashboard {cluster.dashboard}", style="dim"))

@@ -225,6 +225,7 @@ class WorkerStatus(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MODEL_INFO_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -250,6 +251,8 @@ class WorkerStatus(_message.Message):
     model: _builtins.str
     policy: _builtins.str
     """that its scheduler follows"""
+    kernels: _builtins.str
+    """implementation that its forward passes run on"""
     @_builtins.property
     def model_info(self) -> Global___ModelInfo: ...
     def __init__(
@@ -277,10 +280,11 @@ class WorkerStatus(_message.Message):
         model: _builtins.str = ...,
         model_info: Global___ModelInfo | None = ...,
         policy: _builtins.str = ...,
+        kernels: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model_info", b"model_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

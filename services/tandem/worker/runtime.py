@@ -206,6 +206,7 @@ class WorkerRuntime:
             tokens_per_second=self._rate.per_second(time.monotonic()),
             iterations=self.iterations,
             policy=policy_name(self.config.scheduler, self.role_name),
+            kernels=self.engine.kernels,
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
                 name=self.model_name,
