@@ -130,7 +130,7 @@ async def test_sampled_tokens_do_not_depend_on_how_they_were_served(
 ) -> None:
     """Disaggregated, colocated, alone, in a crowd, and under preemption: the same draws."""
     prompts = random_prompts(3, [3, 20, 41, 90, 90, 12, 55, 70])
-    sampling = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 24, "ignore_eos": True}
+    sampling = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 80, "ignore_eos": True}
     runs = {
         "disaggregated": make_config(),
         "colocated": make_config(worker={"disaggregated": False}),
