@@ -8,12 +8,11 @@ elsewhere. Invariant: blocks are touched only between a leg's opening and its cl
 from tandem.transfer.budget import LinkBudget
 from tandem.transfer.group import LinkError, Rendezvous
 from tandem.transfer.peer import PeerTransfer
-from tandem.transfer.spec import PROTOCOL_VERSION, check_kv_spec, make_kv_spec, resolve_backend
+from tandem.transfer.spec import check_kv_spec, make_kv_spec, resolve_backend
 from tandem.transfer.stats import TransferStats
 from tandem.transfer.types import KVBlocks, Piece, TransferEvents
 
 __all__ = [
-    "PROTOCOL_VERSION",
     "KVBlocks",
     "LinkBudget",
     "LinkError",

@@ -10,9 +10,8 @@ from tandem.core.config import TransferConfig
 from tandem.core.errors import PeerMismatchError
 from tandem.transfer.types import KVBlocks
 from tandem.v1 import worker_pb2
+from tandem.wire import PROTOCOL_VERSION
 
-PROTOCOL_VERSION = 1
-"""Grows whenever the link protocol or the layout of a piece changes."""
 LAYOUT = "layer,kv,token,head,dim"
 """Order of the dimensions of a piece on the wire."""
 
