@@ -188,6 +188,13 @@ class GatewayConfig(_Frozen):
     no_worker_timeout: Seconds = Field(
         120.0, description="seconds a request in flight waits for a decode worker to come back"
     )
+    api_keys_file: str = Field(
+        "", description="YAML file that maps API keys to tenants (`key: tenant`); empty: none"
+    )
+    response_cache_bytes: int = Field(
+        0, ge=0, description="answers to reproducible requests that are kept; 0: none are"
+    )
+    response_cache_ttl: Seconds = Field(300.0, description="seconds for which they are good")
     router: RouterConfig = RouterConfig()
 
 
