@@ -86,6 +86,7 @@ class WorkerRuntime:
         self.progress = 0
         """Grows with every iteration, and with those of prefill workers that work for this one."""
         self.metrics = WorkerMetrics(name, role)
+        self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
         self.link_budget = LinkBudget(config.transfer.max_links)
         self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
@@ -230,12 +231,13 @@ class WorkerRuntime:
         while True:
             await asyncio.sleep(self.config.worker.heartbeat_interval)
             self.loop.post(self._role.tick)
-            self._publish_gauges()
+            self.loop.post(self._publish_gauges)
 
     def _publish_gauges(self) -> None:
         self.metrics.running.set(self.scheduler.num_running)
         self.metrics.waiting.set(self.scheduler.num_waiting)
         self.metrics.set_blocks(self.pool.num_used, self.pool.num_cached, self.pool.num_blocks)
+        self.metrics.unused_slots.set(self.scheduler.num_unused_slots)
         self.metrics.links.set(self.link_budget.num_open)
 
 
