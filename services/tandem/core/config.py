@@ -28,6 +28,14 @@ class ModelConfig(_Frozen):
     served_name: str = Field("", description="name that clients use; empty: last part of the path")
     dtype: DType = Field("auto", description="auto: float32 on CPU, the checkpoint's own on CUDA")
     max_model_len: int = Field(0, ge=0, description="context in tokens; 0: the model's own")
+    packed_cache: str = Field(
+        "",
+        description="directory where CPU workers keep packed weights for the next start; "
+        "empty: tandem/packed in the user's cache directory; off: nowhere",
+    )
+    packed_cache_bytes: int = Field(
+        64 * 2**30, ge=0, description="bound of packed_cache; the longest unused go first"
+    )
 
 
 class CacheConfig(_Frozen):

@@ -6,9 +6,11 @@ with the plan; sequences are read, never changed. Used by one thread, the engine
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,10 +23,12 @@ from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.kv_capacity import Neighbours, measure_kv_capacity
 from tandem.engine.logprobs import position_logprobs
-from tandem.engine.models.compiled import CompiledModel, can_compile
+from tandem.engine.memory import give_back_freed_memory
+from tandem.engine.models.compiled import CompiledModel, Keep, can_compile
 from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
+from tandem.engine.packed_identity import packed_keeper
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.warm_up import warm_up
@@ -101,9 +105,15 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        with weights or Checkpoint(model_dir, progress) as checkpoint:
-            loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
-            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups)
+        started, keep = time.monotonic(), None
+        if weights is None:
+            weights = Checkpoint(model_dir, progress)
+            keep = partial(packed_keeper, model_dir, model, self.spec, weights.num_elements)
+        with weights as source:
+            loader = Loader(source, self.spec.torch_dtype, self.device)
+            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups, keep)
+        give_back_freed_memory()
+        load_seconds = time.monotonic() - started
         self.kv_capacity = measure_kv_capacity(
             cache, self.spec, self.device, neighbours or Neighbours()
         )
@@ -128,6 +138,7 @@ class Engine:
             dtype=self.spec.dtype,
             device=str(self.device),
             kernels=self.kernels,
+            load_seconds=round(load_seconds, 2),
             kv_cache=str(self.kv_capacity),
         )
 
@@ -267,13 +278,16 @@ class Engine:
 
 
 def _load_decoder(
-    loader: Loader, config: DecoderConfig, layer_groups: tuple[tuple[int, int], ...]
+    loader: Loader,
+    config: DecoderConfig,
+    layer_groups: tuple[tuple[int, int], ...],
+    keep: Callable[[], Keep | None] | None,
 ) -> Decoder | CompiledModel:
-    """Load the decoder in the form that the kernels of its device want."""
+    """Load the decoder in the form that the kernels of its device want; `keep` makes what keeps
+    packed weights."""
     if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
-        return CompiledModel.load(
-            loader, config, [first + count - 1 for first, count in layer_groups]
-        )
+        group_ends = [first + count - 1 for first, count in layer_groups]
+        return CompiledModel.load(loader, config, group_ends, keep() if keep is not None else None)
     return Decoder.load(loader, config)
 
 
