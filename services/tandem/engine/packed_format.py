@@ -76,7 +76,7 @@ class Writer:
         return {"value": part}
 
     def _put(self, tensor: Tensor) -> int:
-        data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        data = _raw(tensor)
         self._end = -(-self._end // _PAGE) * _PAGE
         self._file.seek(self._end)
         self._file.write(data)
@@ -118,7 +118,7 @@ def read_entry(path: Path, identity: Mapping[str, object], threads: int) -> Part
             raise FormatError(f"stale: {name} is not what the entry was made for")
     if path.stat().st_size != header["size"]:
         raise FormatError(f"damaged: {path.stat().st_size} bytes, {header['size']} were written")
-    storage = torch.UntypedStorage.from_file(str(path), False, header["size"])
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, header["size"])
     everything = torch.tensor([], dtype=torch.uint8).set_(storage)
     tensors = [_view(everything, described) for described in header["tensors"]]
     _check(tensors, header["tensors"], threads)
@@ -150,12 +150,18 @@ def _view(everything: Tensor, described: Mapping[str, Any]) -> Tensor:
 
 def _check(tensors: list[Tensor], described: list[dict[str, Any]], threads: int) -> None:
     def checksum(tensor: Tensor) -> int:
-        return zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        return zlib.crc32(_raw(tensor))
 
     with ThreadPoolExecutor(threads, thread_name_prefix="check") as pool:
         for index, found in enumerate(pool.map(checksum, tensors)):
             if found != described[index]["crc32"]:
                 raise FormatError(f"damaged: the checksum of tensor {index} differs")
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, in place."""
+    values: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 def _restore(part: Mapping[str, Any], tensors: list[Tensor]) -> Any:
