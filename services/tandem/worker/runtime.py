@@ -323,7 +323,8 @@ def _default_threads(config: TandemConfig) -> int:
 def _local_workers(config: TandemConfig, device: str) -> int:
     """How many workers share a device's memory: all of them on a CPU, as on one machine."""
     if device != "cpu":
-        return max(1, round(1 / config.controller.gpus_per_worker))
+        gpus = config.controller.gpus_per_worker
+        return max(1, round(1 / gpus)) if gpus else 1
     workers = config.controller.decode_workers
     if config.worker.disaggregated:
         workers += config.controller.prefill_workers
