@@ -208,7 +208,6 @@ class Scheduler:
         self.pool.share(matched, holder)
         seq.block_table = matched + self.pool.allocate(missing, holder)
         seq.num_computed = seq.num_cached = len(matched) * self.pool.block_size
-        self.pool.record_lookup(seq.num_tokens, seq.num_cached)
         return True
 
     def _match_prefix(self, seq: Sequence) -> list[int]:

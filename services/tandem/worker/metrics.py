@@ -115,6 +115,11 @@ class WorkerMetrics:
     def count_tokens(self, kind: str, amount: int) -> None:
         self.tokens.labels(*self._labels, kind).inc(amount)
 
+    def count_prefix_lookup(self, queried: int, found: int) -> None:
+        """One look into the prefix cache, in tokens, of a sequence that was admitted."""
+        self.queried_tokens.inc(queried)
+        self.cached_tokens.inc(found)
+
     def observe_stage(self, stage: str, seconds: float) -> None:
         self.stage_seconds.labels(*self._labels, stage).observe(seconds)
 
