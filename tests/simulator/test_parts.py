@@ -16,10 +16,11 @@ from tandem.simulator import TraceRequest, load_profile, read_trace, simulate
 from tandem.simulator.clock import Clock
 from tandem.simulator.gateway import block_hashes
 from tandem.simulator.links import Links
-from tandem.simulator.page import render_page
 from tandem.simulator.profile import Profile
 from tandem.simulator.report import Histogram, percentiles
-from tandem.simulator.timeline import Recorder, render_svg
+from tandem.timeline.events import Timeline
+from tandem.timeline.page import render_page
+from tandem.timeline.picture import render_svg
 
 PROFILE = Path(__file__).parents[2] / "docs/profiles/roofline-8b.yaml"
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -129,7 +130,7 @@ def test_percentiles() -> None:
 
 
 def test_the_picture_has_a_box_per_iteration_and_a_line_per_transfer(make_spec) -> None:  # type: ignore[no-untyped-def]
-    recorder = Recorder()
+    recorder = Timeline()
     trace = [TraceRequest(0.0, 20, 3), TraceRequest(0.01, 9, 4)]
     simulate(trace, make_spec(1, 1), {}, recorder)
     svg = render_svg(recorder, ["prefill-0", "decode-0"])
@@ -145,7 +146,7 @@ def test_the_picture_has_a_box_per_iteration_and_a_line_per_transfer(make_spec) 
 
 
 def test_the_recorder_keeps_only_the_window(make_spec) -> None:  # type: ignore[no-untyped-def]
-    recorder = Recorder(until=0.02)
+    recorder = Timeline(until=0.02)
     simulate([TraceRequest(0.0, 20, 30)], make_spec(1, 1), {}, recorder)
     assert recorder.iterations
     assert all(box.began <= 0.02 for box in recorder.iterations)

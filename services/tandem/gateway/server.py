@@ -24,6 +24,7 @@ from tandem.gateway.http.app import create_app
 from tandem.gateway.interfaces import Dispatcher, MetricsTargets
 from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.service import InferenceService
+from tandem.tracing.buffer import TraceBuffer
 
 GRACE_SECONDS = 30.0
 _BACKLOG = 2048
@@ -42,8 +43,11 @@ class GatewayServer:
         targets: MetricsTargets | None = None,
         grace_seconds: float = GRACE_SECONDS,
         own_port: int | None = None,
+        trace: TraceBuffer | None = None,
     ) -> None:
         """`own_port`: answer there too, alone, where other gateways share the HTTP port.
+
+        `trace`: where requests are noted; share it with the dispatcher, which serves it.
 
         Needs a running event loop only from `start` on, if the dispatcher does not before.
         """
@@ -52,7 +56,7 @@ class GatewayServer:
         self._metrics = metrics
         self._targets = targets
         self._own_port = own_port
-        self.service = InferenceService(dispatcher, metrics)
+        self.service = InferenceService(dispatcher, metrics, trace)
         self._grpc: GrpcEdge | None = None
         self._http: _HttpServer | None = None
         self._http_task: asyncio.Task[None] | None = None

@@ -238,16 +238,19 @@ class SendLink:
                 self._changed.wait(left)
 
     def _send_piece(self, outgoing: Outgoing, group: LinkGroup) -> None:
+        began = time.monotonic()
         try:
             wire = self._buffer.pack(outgoing.piece)
         except Exception as error:
             self._abandon(error)
             return
+        packed, context = time.monotonic(), self._context
         self._update(self._ledger.end_read)
         self._control(messages.announcement(outgoing))
         started = time.monotonic()
-        group.send(wire, self._context.config.transfer_timeout)
-        self._context.counters.sent(wire.numel(), time.monotonic() - started)
+        group.send(wire, context.config.transfer_timeout)
+        context.counters.sent(wire.numel(), time.monotonic() - started)
+        context.trace.sent(context.peer_name, messages.ref(outgoing.piece), began, packed, started)
 
     def _abandon(self, error: Exception) -> None:
         """A piece could not be packed: its leg fails, the link goes on."""

@@ -34,7 +34,7 @@ class RequestInfo:
     """The server's own: what follows the head of an answer needs none of the layers between."""
     tenant: str = ""
     """On whose account, as the client or a proxy in front of us says: header `x-tenant`."""
-    arrival: float = field(default_factory=time.perf_counter)
+    arrival: float = field(default_factory=time.monotonic)
     outcome: Outcome | None = None
     """Set where the HTTP status does not tell how it went: streams and clients that left."""
 
