@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -63,31 +64,56 @@ def estimate_clock(exchanges: Sequence[tuple[float, float, float]]) -> ClockEsti
     return ClockEstimate(0.0, error) if abs(offset) <= error else ClockEstimate(offset, error)
 
 
+class Tracer:
+    """Processes that record; `recording` makes one."""
+
+    def __init__(self, peers: Sequence[_Peer]) -> None:
+        self._peers = peers
+
+    def missing(self, seconds: float) -> float:
+        """Seconds until every process has recorded for `seconds`."""
+        now = time.monotonic()
+        recorded = [now - (peer.since - peer.clock.offset) for peer in self._peers]
+        return max(0.0, seconds - min(recorded))
+
+    async def collect(self, since: float) -> list[Recording]:
+        """Return what every process has recorded since a time of our clock."""
+        return await _gather(self._peers, lambda peer: _collect(peer, since))
+
+
+@asynccontextmanager
+async def recording(targets: Sequence[Target], seconds: float) -> AsyncIterator[Tracer]:
+    """Have every process record for at most `seconds` or until the block ends.
+
+    One that had recorded before goes on. Raises `UnavailableError` naming a process that does not
+    answer.
+    """
+    async with AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(target.address))
+            for target in targets
+        ]
+        peers = [
+            _Peer(target, tracing_pb2_grpc.TracingStub(channel))
+            for target, channel in zip(targets, channels, strict=True)
+        ]
+        try:
+            await _gather(peers, lambda peer: _start(peer, seconds))
+            yield Tracer(peers)
+        finally:
+            ours = [peer for peer in peers if not peer.was_recording]
+            await asyncio.gather(*(_record(peer, 0.0) for peer in ours), return_exceptions=True)
+
+
 async def trace(targets: Sequence[Target], seconds: float) -> list[Recording]:
     """Return the last `seconds` of every process.
 
-    Where a process has recorded for that long already, at once; the others are switched on, waited
-    for, and switched off again. Cancelling ends the waiting: what was recorded is lost, and
-    recording is switched off. Raises `UnavailableError` naming a process that does not answer.
+    Where all have recorded for that long already, at once; else after the time that is missing.
+    Raises `UnavailableError` naming a process that does not answer.
     """
-    channels = [grpc.aio.insecure_channel(target.address) for target in targets]
-    peers = [
-        _Peer(target, tracing_pb2_grpc.TracingStub(channel))
-        for target, channel in zip(targets, channels, strict=True)
-    ]
-    try:
-        await _gather(peers, lambda peer: _start(peer, seconds))
-        try:
-            now = time.monotonic()
-            behind = [seconds - (now - (peer.since - peer.clock.offset)) for peer in peers]
-            await asyncio.sleep(max(0.0, *behind))
-            since = time.monotonic() - seconds
-            return await _gather(peers, lambda peer: _collect(peer, since))
-        finally:
-            stop = [peer for peer in peers if not peer.was_recording]
-            await asyncio.gather(*(_record(peer, 0.0) for peer in stop), return_exceptions=True)
-    finally:
-        await asyncio.gather(*(channel.close() for channel in channels))
+    async with recording(targets, seconds + _MARGIN_SECONDS) as tracer:
+        await asyncio.sleep(tracer.missing(seconds))
+        return await tracer.collect(time.monotonic() - seconds)
 
 
 async def _gather(peers: Sequence[_Peer], call: Callable[[_Peer], Awaitable[T]]) -> list[T]:
@@ -106,7 +132,7 @@ async def _gather(peers: Sequence[_Peer], call: Callable[[_Peer], Awaitable[T]])
 
 
 async def _start(peer: _Peer, seconds: float) -> None:
-    answer = await _record(peer, seconds + _MARGIN_SECONDS)
+    answer = await _record(peer, seconds)
     peer.was_recording, peer.since = answer.was_recording, answer.since
     exchanges = []
     for _ in range(_EXCHANGES):
