@@ -1,7 +1,7 @@
 """A timeline as a page of its own: one HTML file that needs no server and loads nothing.
 
 The events go into the page as they are, on a scale that begins with the picture; `page.js` draws
-them. Zoom with the wheel, move by dragging, hover for details.
+them and `page_pointer.js` says what is under the pointer. Zoom with the wheel, move by dragging.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from tandem.timeline.events import Timeline
 
+_SCRIPTS = ("page.js", "page_pointer.js")
 _HOLE = re.compile("@(title|note|data|script)@")
 
 
@@ -28,9 +29,9 @@ def render_page(timeline: Timeline, workers: Sequence[str], title: str, note: st
     contents = {
         "title": escape(title),
         "note": escape(note),
-        # "</" would end the script element that holds the data.
-        "data": json.dumps(_data(timeline, workers), separators=(",", ":")).replace("</", "<\\/"),
-        "script": here.joinpath("page.js").read_text(encoding="utf-8"),
+        # A name must not begin or end an element of the page.
+        "data": json.dumps(_data(timeline, workers), separators=(",", ":")).replace("<", "\\u003c"),
+        "script": "".join(here.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS),
     }
     template = here.joinpath("page.html").read_text(encoding="utf-8")
     return _HOLE.sub(lambda hole: contents[hole[1]], template)

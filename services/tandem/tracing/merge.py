@@ -6,6 +6,7 @@ which half of a transfer they saw.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from tandem.tracing.buffer import (
     SentEvent,
     StageEvent,
 )
+
+_STAMP = re.compile(r"~[^~]+\.\d+$")
 
 
 @dataclass
@@ -77,7 +80,7 @@ def merge(recordings: Iterable[Recording]) -> Timeline:
 
 def request_name(wire_id: str) -> str:
     """What a request is called at the edge: a gateway adds `~` and a stamp of its own inside."""
-    return wire_id.rpartition("~")[0] or wire_id
+    return _STAMP.sub("", wire_id)
 
 
 def _take(recording: Recording, timeline: Timeline, links: _Links) -> None:
