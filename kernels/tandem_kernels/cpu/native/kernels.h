@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "abi.h"
 #include "team.h"
@@ -59,6 +60,7 @@ struct Scratch {
   Buffer inner;      // T [tokens, inner]
   Buffer packed;     // the input of a linear layer, in groups of rows
   Buffer units;      // the work list of attention
+  Buffer merges;     // the list of what is merged after it
   Buffer partials;   // what attention found in each tile of keys
   Buffer gathered;   // rows that the last layer keeps
   Buffer per_thread;

@@ -13,8 +13,11 @@ namespace {
 
 constexpr int kMaxRows = TANDEM_MAX_ROWS;
 
+#include "tiles.inl"
 #include "linear.inl"
 
+#include "attention_units.inl"
+#include "attention_tiles.inl"
 #include "attention.inl"
 #include "layers.inl"
 #include "forward.inl"
