@@ -1,7 +1,7 @@
 """Choosing one token per row from whole rows of logits: the likeliest, or a draw.
 
-A `Choice` is one implementation of both. Here is the torch reference without truncation; with it, see
-`sampling.py`.
+A `Choice` is one implementation of both. Here is the torch reference without truncation;
+with it, see `sampling.py`.
 """
 
 from __future__ import annotations
