@@ -18,6 +18,7 @@ constexpr int kMaxRows = TANDEM_MAX_ROWS;
 
 #include "attention_units.inl"
 #include "attention_tiles.inl"
+#include "attention_partials.inl"
 #include "attention.inl"
 #include "layers.inl"
 #include "forward.inl"
