@@ -86,7 +86,7 @@ def running_cluster(config: TandemConfig) -> Iterator[RunningCluster]:
 
 
 def _with_free_ports(config: TandemConfig) -> TandemConfig:
-    ports = _free_ports(3)
+    ports = free_ports(3)
     gateway = config.gateway.model_copy(
         update={"host": HOST, "port": ports[0], "grpc_port": ports[1]}
     )
@@ -96,7 +96,8 @@ def _with_free_ports(config: TandemConfig) -> TandemConfig:
     return config.model_copy(update={"gateway": gateway, "controller": controller})
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nobody listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in sockets:
