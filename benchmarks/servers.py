@@ -22,7 +22,7 @@ import psutil
 from benchmarks.launch import HOST
 from benchmarks.peers.environments import UnavailableError
 
-READY_TIMEOUT = 420.0
+READY_TIMEOUT = 600.0
 STOP_TIMEOUT = 15.0
 POLL_INTERVAL = 0.25
 LOG_TAIL_BYTES = 3000

@@ -73,6 +73,7 @@ def _environment(cores: Sequence[int]) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(PEERS / "vllm-cache"),
         "VLLM_HOST_IP": HOST,
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{VLLM.directory / 'bin'}:/usr/local/bin:/usr/bin:/bin",

@@ -70,7 +70,7 @@ def render_interference(rows: Rows) -> str:
             times = (found["alone_p50"], found["busy_p50"], found["busy_p99"])
             shown = [f"{value * 1000:.1f}" for value in times]
             lines.append([row["name"], *shown, f"{found['ratio']:.2f}×"])
-    return align(lines)
+    return align(lines) if len(lines) > 1 else "Not measured yet."
 
 
 def footnote(rows: Rows, load: Mapping[str, Any]) -> str:

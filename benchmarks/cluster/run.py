@@ -66,7 +66,7 @@ def measure_system(system: System, plan: Plan, model: Path, cores: Sequence[int]
             if system.split and plan.interference:
                 row["interference"] = _measure_interference(endpoint, plan.sweeps[0].vocab_size)
     except Failure as error:
-        row["unavailable"] = str(error).splitlines()[0]
+        row["unavailable"] = str(error).partition("\n")[0]
         print(f"  {error}", flush=True)
     return row
 

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Table:
                 row["version"] = session.description
                 row["runs"].append(self._measure(session, number))
         except Failure as error:
-            row["unavailable"] = str(error).splitlines()[0]
+            row["unavailable"] = str(error).partition("\n")[0]
             print(f"- {error}", flush=True)
             return
         figures = {key: round(row["runs"][-1][key]) for key in (c.key for c in self.cases.cases)}
@@ -160,15 +160,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.run", description=__doc__)
     add = parser.add_argument
     keys = ", ".join(peer.key for peer in PEERS_IN_TURN)
-    add("--only", type=_names, metavar="A,B", help=f"engines to measure: {keys}")
-    add("--models", type=_names, metavar="A,B", help=f"models: {QWEN.key}, {LLAMA.key}")
+    add(
+        "--only",
+        type=_one_of([p.key for p in PEERS_IN_TURN]),
+        metavar="A,B",
+        help=f"engines to measure: {keys}",
+    )
+    add(
+        "--models",
+        type=_one_of([m.key for m in MODELS]),
+        metavar="A,B",
+        help=f"models: {QWEN.key}, {LLAMA.key}",
+    )
     add("--runs", type=int, default=3, help="turns of each engine; figures are their medians")
     add("--show", action="store_true", help="only write the pages again from what is stored")
     return parser
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+def _one_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return what reads names with commas between them and refuses others than these."""
+
+    def names(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(known)}")
+        return chosen
+
+    return names
 
 
 def _date() -> str:
