@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-micro bench-gpu fuzz-kernels bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-micro bench-startup bench-gpu fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,11 +68,17 @@ bench-cluster: $(BENCH_STAMP)  ## serving systems under a sweep of load (ARGS="-
 bench-gateway: $(STAMP)  ## what the path from a decode worker to a client costs
 	@$(BIN)/python -m benchmarks.gateway $(ARGS)
 
+bench-stages: $(STAMP)  ## where the time of a request goes before its tokens flow, from traces
+	@$(BIN)/python -m benchmarks.stages $(ARGS)
+
 bench-gpu: $(STAMP)  ## check and measure everything that needs a GPU; see docs/gpu-results.md
 	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
 
 bench-micro: $(STAMP)  ## every CPU kernel against its bound, and the engine against the reference
 	@$(BIN)/python -m benchmarks.micro $(ARGS)
+
+bench-startup: $(STAMP)  ## where the time goes from `tandem serve` to the first answer
+	@$(BIN)/python -m benchmarks.startup $(ARGS)
 
 fuzz-kernels: $(STAMP)  ## random calls of the C++ kernels under AddressSanitizer (CASES=500 SEED=1)
 	@TANDEM_FUZZ_CASES=$(or $(CASES),500) TANDEM_FUZZ_SEED=$(or $(SEED),1) \

@@ -67,7 +67,7 @@ def running_cluster(config: TandemConfig) -> Iterator[RunningCluster]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env=serve_environment(),
                 start_new_session=True,
             )
         try:
@@ -82,7 +82,7 @@ def running_cluster(config: TandemConfig) -> Iterator[RunningCluster]:
                 start_seconds=time.monotonic() - started,
             )
         finally:
-            _stop(process)
+            stop_cluster(process)
 
 
 def _with_free_ports(config: TandemConfig) -> TandemConfig:
@@ -105,7 +105,7 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in sockets]
 
 
-def _environment() -> dict[str, str]:
+def serve_environment() -> dict[str, str]:
     """Ours, without what would change the configuration or join another Ray cluster."""
     return {
         name: value
@@ -150,7 +150,7 @@ def _workers(config: TandemConfig) -> list[cluster_pb2.WorkerStatus]:
         return []  # not yet
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop_cluster(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     """Interrupt the cluster and wait; kill what is left of it after `STOP_TIMEOUT`."""
     children = []
     with contextlib.suppress(psutil.NoSuchProcess):

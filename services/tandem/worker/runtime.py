@@ -19,11 +19,14 @@ import torch
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import IntegrityError
-from tandem.core.sequence import IterationPlan
+from tandem.core.sequence import IterationPlan, Sequence
 from tandem.engine.engine import Engine
+from tandem.engine.kv_capacity import Neighbours
 from tandem.kvcache.block_pool import BlockPool
 from tandem.modelfiles import resolve_model, served_name
 from tandem.scheduler import PoolRole, Scheduler, make_policy, policy_name
+from tandem.tracing.buffer import TraceBuffer
+from tandem.tracing.service import add_tracing
 from tandem.transfer import LinkBudget, PeerTransfer, Rendezvous, TransferEvents, make_kv_spec
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_loop import EngineLoop
@@ -86,6 +89,8 @@ class WorkerRuntime:
         self.progress = 0
         """Grows with every iteration, and with those of prefill workers that work for this one."""
         self.metrics = WorkerMetrics(name, role)
+        self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
+        self.trace = TraceBuffer(name, config.tracing.max_events, always=config.tracing.always)
         self.link_budget = LinkBudget(config.transfer.max_links)
         self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
@@ -105,6 +110,9 @@ class WorkerRuntime:
             self.device,
             layers_per_group=config.transfer.layers_per_group,
             progress=self._progress,
+            neighbours=Neighbours(
+                _local_workers(config, self.device), config.scheduler.max_running
+            ),
         )
         self.pool = BlockPool(
             self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
@@ -148,7 +156,9 @@ class WorkerRuntime:
         """Run one planned iteration and account for it."""
         began = time.monotonic()
         run()
-        seconds, metrics = time.monotonic() - began, self.metrics
+        ended, metrics = time.monotonic(), self.metrics
+        seconds = ended - began
+        self.trace.iteration(plan, began, ended)
         self.scheduler.measured(plan, seconds)
         metrics.iteration_seconds.observe(seconds)
         metrics.iteration_tokens.observe(plan.num_tokens)
@@ -160,6 +170,11 @@ class WorkerRuntime:
         """Count tokens computed, for the metrics and for the rate in `tandem status`."""
         self.metrics.count_tokens(kind, amount)
         self._rate.add(amount, time.monotonic())
+
+    def count_prefix_lookup(self, sequence: Sequence) -> None:
+        """Count what an admitted sequence found in the prefix cache, where there is one."""
+        if self.pool.prefix_cache:
+            self.metrics.count_prefix_lookup(sequence.num_tokens, sequence.num_cached)
 
     def peer_transfer(
         self,
@@ -177,6 +192,7 @@ class WorkerRuntime:
             peer_name=peer_name,
             budget=self.link_budget,
             rendezvous=self._rendezvous,
+            trace=self.trace,
         )
 
     @property
@@ -207,6 +223,7 @@ class WorkerRuntime:
             iterations=self.iterations,
             policy=policy_name(self.config.scheduler, self.role_name),
             kernels=self.engine.kernels,
+            kv_capacity=str(self.engine.kv_capacity),
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
                 name=self.model_name,
@@ -214,6 +231,7 @@ class WorkerRuntime:
                 max_model_len=spec.max_model_len,
                 block_size=self.config.cache.block_size,
                 vocab_size=spec.vocab_size,
+                no_prefix_cache=not self.config.cache.prefix_cache,
             ),
         )
 
@@ -221,6 +239,7 @@ class WorkerRuntime:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         role.add_servicers(self._server)
         worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerService(self), self._server)
+        add_tracing(self._server, self.trace)
         host = self.config.worker.host
         port = self._server.add_insecure_port(f"{host}:0")
         await self._server.start()
@@ -230,12 +249,13 @@ class WorkerRuntime:
         while True:
             await asyncio.sleep(self.config.worker.heartbeat_interval)
             self.loop.post(self._role.tick)
-            self._publish_gauges()
+            self.loop.post(self._publish_gauges)
 
     def _publish_gauges(self) -> None:
         self.metrics.running.set(self.scheduler.num_running)
         self.metrics.waiting.set(self.scheduler.num_waiting)
         self.metrics.set_blocks(self.pool.num_used, self.pool.num_cached, self.pool.num_blocks)
+        self.metrics.unused_slots.set(self.scheduler.num_unused_slots)
         self.metrics.links.set(self.link_budget.num_open)
 
 
@@ -306,7 +326,15 @@ class _Rate:
 
 
 def _default_threads(config: TandemConfig) -> int:
+    return max(1, (os.cpu_count() or 1) // _local_workers(config, "cpu"))
+
+
+def _local_workers(config: TandemConfig, device: str) -> int:
+    """How many workers share a device's memory: all of them on a CPU, as on one machine."""
+    if device != "cpu":
+        gpus = config.controller.gpus_per_worker
+        return max(1, round(1 / gpus)) if gpus else 1
     workers = config.controller.decode_workers
     if config.worker.disaggregated:
         workers += config.controller.prefill_workers
-    return max(1, (os.cpu_count() or 1) // workers)
+    return workers
