@@ -43,11 +43,11 @@ class Draft:
 
     @property
     def decoding(self) -> list[Sequence]:
-        return [seq for seq in self._running if len(seq.token_ids) - seq.num_computed == 1]
+        return [seq for seq in self._running if seq.num_uncomputed == 1]
 
     @property
     def prompts(self) -> list[Sequence]:
-        return [seq for seq in self._running if len(seq.token_ids) - seq.num_computed > 1]
+        return [seq for seq in self._running if seq.num_uncomputed > 1]
 
     @property
     def num_receiving(self) -> int:

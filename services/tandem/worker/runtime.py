@@ -116,6 +116,8 @@ class WorkerRuntime:
         )
         self._progress("warming up", 0.0)
         self.engine.warm_up()
+        if self.overlaps:
+            self.engine.compute_ahead()
         self._progress("ready", 1.0)
 
     def serve(self, role: Role) -> WorkerEndpoint:
@@ -144,11 +146,22 @@ class WorkerRuntime:
         self._role.drop_everything()
         self.incarnation = incarnation
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next iteration is scheduled while one computes."""
+        setting = self.config.scheduler.overlap
+        on = setting == "on" or (setting == "auto" and self.device.startswith("cuda"))
+        return on and self.role_name == "decode"
+
     def iterate(self, plan: IterationPlan, run: Callable[[], None]) -> None:
         """Run one planned iteration and account for it."""
         began = time.monotonic()
         run()
-        seconds, metrics = time.monotonic() - began, self.metrics
+        self.account(plan, time.monotonic() - began)
+
+    def account(self, plan: IterationPlan, seconds: float) -> None:
+        """Note that an iteration has ended, and how long it took."""
+        metrics = self.metrics
         self.scheduler.measured(plan, seconds)
         metrics.iteration_seconds.observe(seconds)
         metrics.iteration_tokens.observe(plan.num_tokens)
