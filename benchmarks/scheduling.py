@@ -40,7 +40,10 @@ class Decoding:
 
     def __init__(self, running: int) -> None:
         config = SchedulerConfig(
-            max_running=running + 1, max_batch_tokens=running + PROMPT, max_waiting=4096
+            max_running=running + 1,
+            max_batch_tokens=(running + 1) * PROMPT,
+            chunk_size=PROMPT,
+            max_waiting=4096,
         )
         blocks = (running + 2) * (PROMPT + 4 * ITERATIONS) // BLOCK
         pool = BlockPool(blocks, BLOCK, prefix_cache=False)
@@ -51,7 +54,7 @@ class Decoding:
         self._arrivals = 0
         for _ in range(running):
             self.join()
-        for _ in range(running + 4):  # every prompt computed, one or more per iteration
+        for _ in range(4):  # every prompt is computed and everybody decodes
             self.iterate()
 
     def join(self) -> None:

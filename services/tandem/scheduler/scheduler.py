@@ -135,15 +135,14 @@ class Scheduler:
 
         Nothing that it computes is published before its `advance`.
         """
-        for chunk in plan.chunks:
-            seq = chunk.sequence
-            seq.num_computed = chunk.end
+        for seq, start, length, samples, _ in plan.chunks:
+            seq.num_computed = end = start + length
             seq.num_under_way += 1
-            if not chunk.samples:
+            if not samples:
                 continue
             if seq.request.sampling.penalises:
                 self.must_settle = True
-            elif chunk.end + 1 < min(seq.request.max_len, self.max_model_len):
+            elif end + 1 < seq.request.max_len and end + 1 < self.max_model_len:
                 seq.num_in_flight += 1
 
     def measured(self, plan: IterationPlan, seconds: float) -> None:
@@ -156,14 +155,16 @@ class Scheduler:
 
         Must be called for every launched plan, also for one that failed.
         """
-        for chunk in plan.chunks:
-            seq = chunk.sequence
+        block_size = self.pool.block_size
+        for seq, start, length, *_ in plan.chunks:
+            end = start + length
             if seq.num_under_way:
                 seq.num_under_way -= 1
             elif seq.phase == "running":
-                seq.num_computed = chunk.end
+                seq.num_computed = end
             if seq.phase == "running":
-                self._publish(seq, chunk.start, chunk.end)
+                if start // block_size != end // block_size:
+                    self._publish(seq, start, end)
             elif seq.phase == "finished" and not seq.num_under_way:
                 self._release(seq)
 
@@ -182,8 +183,13 @@ class Scheduler:
         elif seq.phase == "running" and seq not in draft.chunks and draft.tokens_left:
             # Blocks of prompts were reserved at admission; 0: a sample is awaited.
             missing = seq.num_uncomputed
-            if missing > 1 or (missing == 1 and self._secure_blocks(seq, draft)):
+            if missing > 1:
                 draft.add_chunk(seq, min(limit, missing))
+            elif missing == 1 and (
+                seq.num_computed < len(seq.block_table) * self.pool.block_size
+                or self._secure_blocks(seq, draft)
+            ):
+                draft.add_chunk(seq, 1)
 
     def _secure_blocks(self, seq: Sequence, draft: Draft) -> bool:
         """Get blocks for all of `seq`'s tokens, preempting the last; False if that was `seq`, or if
@@ -192,6 +198,8 @@ class Scheduler:
         if missing <= 0:
             return True
         while not self.pool.can_allocate(missing):
+            if self.must_settle:
+                return False
             victim = max(self.running, key=self.policy.precedence)
             if victim.num_under_way:
                 draft.admits, self.must_settle = False, True
