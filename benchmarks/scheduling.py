@@ -2,7 +2,8 @@
 
 A program: `python -m benchmarks.scheduling` prints two tables in Markdown. No model runs and no
 network is used: the real scheduler, block pool, input builder and router, by themselves. Times are
-of one CPU core; the interpreter's garbage collector is off while one is taken.
+CPU time of one thread, so that other programs on the machine count little; the interpreter's
+garbage collector is off while one is taken.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Decoding:
     def iterate(self) -> float:
         """Plan, build and launch an iteration and settle the one before; seconds without the device
         and without sending tokens."""
-        started = time.perf_counter()
+        started = time.thread_time()
         plan = self.scheduler.schedule()
         if plan.chunks:
             inputs = self._inputs.build(plan.chunks, self._last)
@@ -85,7 +86,7 @@ class Decoding:
             for seq in launched.drawn:
                 if seq.phase == "running":
                     self.scheduler.append(seq, 7)
-        return time.perf_counter() - started
+        return time.thread_time() - started
 
 
 def scheduling_cost(running: int, changing: bool) -> float:
@@ -134,9 +135,9 @@ def routing_cost() -> dict[str, float]:
 
 
 def _timed(router: Router, name: str, hashes: list[bytes]) -> float:
-    started = time.perf_counter()
+    started = time.thread_time()
     router.route(name, hashes, 640)
-    return time.perf_counter() - started
+    return time.thread_time() - started
 
 
 def _quietly(measure: Callable[[], float]) -> float:
