@@ -6,8 +6,10 @@ with the plan; sequences are read, never changed. Used by one thread, the engine
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,21 +18,23 @@ import torch
 from torch import Tensor
 
 from tandem.core.config import CacheConfig, ModelConfig
-from tandem.core.errors import ConfigError
 from tandem.core.request import PositionLogprobs
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.inputs import InputBuilder, IterationInputs, PromptRows
+from tandem.engine.kv_capacity import Neighbours, measure_kv_capacity
 from tandem.engine.launched import ComputeThread, IterationOutput, Launched, Task, run_here
 from tandem.engine.logprobs import position_logprobs
-from tandem.engine.models.compiled import CompiledModel, can_compile
+from tandem.engine.memory import give_back_freed_memory
+from tandem.engine.models.compiled import CompiledModel, Keep, can_compile
 from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
+from tandem.engine.packed_identity import packed_keeper
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.warm_up import warm_up
 from tandem.engine.weights import Checkpoint, Progress, WeightSource
-from tandem.kvcache.storage import KVStorage, bytes_per_token
+from tandem.kvcache.storage import KVStorage
 from tandem_kernels import REFERENCE, implementation, runs_compiled_decoder
 from tandem_kernels.cpu import prefer_huge_pages
 
@@ -71,9 +75,11 @@ class Engine:
         layers_per_group: int = 0,
         progress: Progress | None = None,
         weights: WeightSource | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         """Load the weights, from the model directory's files if no other source is given.
-        `layers_per_group` 0 makes four groups of layers.
+        `layers_per_group` 0 makes four groups of layers; `neighbours` is who shares the memory that
+        KV blocks are sized from.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -82,10 +88,19 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        with weights or Checkpoint(model_dir, progress) as checkpoint:
-            loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
-            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups)
-        self.num_blocks = _num_blocks(cache, self.spec)
+        started, keep = time.monotonic(), None
+        if weights is None:
+            weights = Checkpoint(model_dir, progress)
+            keep = partial(packed_keeper, model_dir, model, self.spec, weights.num_elements)
+        with weights as source:
+            loader = Loader(source, self.spec.torch_dtype, self.device)
+            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups, keep)
+        give_back_freed_memory()
+        load_seconds = time.monotonic() - started
+        self.kv_capacity = measure_kv_capacity(
+            cache, self.spec, self.device, neighbours or Neighbours()
+        )
+        self.num_blocks = self.kv_capacity.num_blocks
         self.storage = KVStorage(
             num_layers=self.spec.num_layers,
             num_blocks=self.num_blocks,
@@ -109,7 +124,8 @@ class Engine:
             dtype=self.spec.dtype,
             device=str(self.device),
             kernels=self.kernels,
-            num_blocks=self.num_blocks,
+            load_seconds=round(load_seconds, 2),
+            kv_cache=str(self.kv_capacity),
         )
 
     @property
@@ -256,13 +272,16 @@ class Engine:
 
 
 def _load_decoder(
-    loader: Loader, config: DecoderConfig, layer_groups: tuple[tuple[int, int], ...]
+    loader: Loader,
+    config: DecoderConfig,
+    layer_groups: tuple[tuple[int, int], ...],
+    keep: Callable[[], Keep | None] | None,
 ) -> Decoder | CompiledModel:
-    """Load the decoder in the form that the kernels of its device want."""
+    """Load the decoder in the form that the kernels of its device want; `keep` makes what keeps
+    packed weights."""
     if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
-        return CompiledModel.load(
-            loader, config, [first + count - 1 for first, count in layer_groups]
-        )
+        group_ends = [first + count - 1 for first, count in layer_groups]
+        return CompiledModel.load(loader, config, group_ends, keep() if keep is not None else None)
     return Decoder.load(loader, config)
 
 
@@ -270,19 +289,3 @@ def _layer_groups(num_layers: int, layers_per_group: int) -> tuple[tuple[int, in
     """Return (first layer, number of layers) of each group; 0 per group makes four groups."""
     size = layers_per_group or -(-num_layers // _GROUPS_PER_ITERATION)
     return tuple((first, min(size, num_layers - first)) for first in range(0, num_layers, size))
-
-
-def _num_blocks(cache: CacheConfig, spec: ModelSpec) -> int:
-    """Return the configured number of blocks, or as many as `memory_bytes` holds."""
-    if cache.num_blocks:
-        return cache.num_blocks
-    token_bytes = bytes_per_token(
-        spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.torch_dtype
-    )
-    num_blocks = cache.memory_bytes // (token_bytes * cache.block_size)
-    if num_blocks < 1:
-        raise ConfigError(
-            f"cache.memory_bytes is {cache.memory_bytes}; allowed: at least "
-            f"{token_bytes * cache.block_size}, one block of this model"
-        )
-    return num_blocks
