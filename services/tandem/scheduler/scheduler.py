@@ -85,7 +85,10 @@ class Scheduler:
         """
         size = self.pool.block_size
         held = (seq for queue in (self.running, self.receiving) for seq in queue)
-        return sum(max(0, len(seq.block_table) * size - seq.num_tokens - 1) for seq in held)
+        return sum(
+            max(0, len(seq.block_table) * size - seq.num_tokens - seq.num_in_flight - 1)
+            for seq in held
+        )
 
     def check_fits(self, request: Request) -> None:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
