@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-micro bench-startup bench-gpu fuzz-kernels bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-scheduling bench-micro bench-startup bench-gpu fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,6 +73,9 @@ bench-stages: $(STAMP)  ## where the time of a request goes before its tokens fl
 
 bench-gpu: $(STAMP)  ## check and measure everything that needs a GPU; see docs/gpu-results.md
 	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
+
+bench-scheduling: $(STAMP)  ## what an iteration's scheduling and a routing decision cost
+	@$(BIN)/python -m benchmarks.scheduling $(ARGS)
 
 bench-micro: $(STAMP)  ## every CPU kernel against its bound, and the engine against the reference
 	@$(BIN)/python -m benchmarks.micro $(ARGS)

@@ -73,6 +73,10 @@ class SchedulerConfig(_Frozen):
     max_waiting: int = Field(
         1024, ge=1, description="bound of the queue; past it requests are refused"
     )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="decode workers schedule the next iteration while one computes; auto: on CUDA",
+    )
     batch_size: int = Field(8, ge=1, description="static_batching: members of a group")
     batch_wait: float = Field(
         0.25, ge=0, description="static_batching: seconds to wait for a group to fill"

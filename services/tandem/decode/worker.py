@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
 
 import grpc.aio
 import structlog
@@ -22,6 +21,7 @@ from tandem.core.stopping import finish_reason
 from tandem.decode.active import ActiveRequest
 from tandem.decode.handoff import Handoff
 from tandem.decode.sessions import DecodeService, GatewaySession
+from tandem.engine import IterationOutput
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import (
     error_to_failed,
@@ -29,6 +29,7 @@ from tandem.wire import (
     position_logprobs_to_proto,
     request_from_submit,
 )
+from tandem.worker.pipeline import Pipeline
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 
 log = structlog.get_logger(__name__)
@@ -52,6 +53,7 @@ class DecodeWorker:
         """Load, warm up and serve. Raises `ModelLoadError`."""
         self._runtime.load()
         self._handoff = Handoff(self._runtime, self)
+        self._pipeline = Pipeline(self._runtime, self)
         return self._runtime.serve(self)
 
     def stop(self) -> None:
@@ -108,17 +110,17 @@ class DecodeWorker:
     # -- the loop
 
     def step(self) -> bool:
-        """Schedule, run, hand out. Returns whether anything changed."""
+        """Schedule and launch an iteration, hand out the one before it. Returns whether anything
+        changed."""
         self._flush()  # first tokens that prefill workers sampled need not wait for this iteration
         plan = self._runtime.scheduler.schedule(time.monotonic())
         for sequence in plan.preempted:
             self._preempted(self._by_sequence[sequence])
         for sequence in plan.admitted:
             self._admitted(self._by_sequence[sequence])
-        if plan.chunks:
-            self._runtime.iterate(plan, lambda: self._run(plan))
+        settled = self._pipeline.run(plan)
         self._flush()
-        return bool(plan.chunks or plan.preempted or plan.admitted)
+        return bool(settled or plan.chunks or plan.preempted or plan.admitted)
 
     def tick(self) -> None:
         """Apply the deadlines of the queue, of a prefill elsewhere and of a reassignment."""
@@ -232,27 +234,32 @@ class DecodeWorker:
         log.info("preempted", request=active.request.request_id, tokens=active.sequence.num_tokens)
         self._prefill(active)
 
-    def _run(self, plan: IterationPlan) -> None:
-        runtime = self._runtime
-        try:
-            output = runtime.engine.run(plan)
-        except Exception as error:
-            log.exception("forward pass failed", worker=runtime.name, sequences=len(plan.chunks))
-            self._fail((chunk.sequence for chunk in plan.chunks), error)
-            return
-        runtime.scheduler.advance(plan)
-        for chunk in plan.chunks:
-            runtime.count_tokens("decode" if chunk.length == 1 else "prefill", chunk.length)
-            logprobs = output.prompt_logprobs.get(chunk.sequence)
-            if logprobs:
-                self._by_sequence[chunk.sequence].add_prompt_logprobs(chunk.start, logprobs)
-        for sequence, sampled in output.tokens.items():
-            self.token(self._by_sequence[sequence], sampled)
+    # -- what the pipeline says
 
-    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
+    def computed(self, plan: IterationPlan, output: IterationOutput) -> None:
+        """Hand out what an iteration drew. A request that ended while it was under way gets none of
+        it."""
+        decodes = sum(chunk.length == 1 for chunk in plan.chunks)
+        self._runtime.count_tokens("decode", decodes)
+        self._runtime.count_tokens("prefill", plan.num_tokens - decodes)
+        if output.prompt_logprobs:
+            for chunk in plan.chunks:
+                active = self._by_sequence.get(chunk.sequence)
+                logprobs = output.prompt_logprobs.get(chunk.sequence)
+                if active is not None and logprobs:
+                    active.add_prompt_logprobs(chunk.start, logprobs)
+        for sequence, sampled in output.tokens.items():
+            active = self._by_sequence.get(sequence)
+            if active is not None:
+                self.token(active, sampled)
+
+    def failed(self, plan: IterationPlan, error: Exception) -> None:
+        """End the requests of an iteration that could not be computed."""
         cause = UnavailableError(f"{self._runtime.name}: forward pass failed: {error}")
-        for sequence in list(sequences):
-            self._refuse(self._by_sequence[sequence], cause)
+        for chunk in plan.chunks:
+            active = self._by_sequence.get(chunk.sequence)
+            if active is not None:
+                self._refuse(active, cause)
 
     def _refuse(self, active: ActiveRequest, error: TandemError) -> None:
         request = active.request

@@ -43,11 +43,19 @@ class Draft:
 
     @property
     def decoding(self) -> list[Sequence]:
-        return [seq for seq in self._running if len(seq.token_ids) - seq.num_computed == 1]
+        return [  # `Sequence.num_uncomputed`, written out: this is asked for every sequence
+            seq
+            for seq in self._running
+            if len(seq.token_ids) + seq.num_in_flight - seq.num_computed == 1
+        ]
 
     @property
     def prompts(self) -> list[Sequence]:
-        return [seq for seq in self._running if len(seq.token_ids) - seq.num_computed > 1]
+        return [
+            seq
+            for seq in self._running
+            if len(seq.token_ids) + seq.num_in_flight - seq.num_computed > 1
+        ]
 
     @property
     def num_receiving(self) -> int:
@@ -66,7 +74,8 @@ class Draft:
 
     def add_chunk(self, seq: Sequence, length: int) -> None:
         """Compute the next `length` tokens of a sequence, or as many as the budget allows."""
-        length = min(length, self.tokens_left)
+        if length > self.tokens_left:
+            length = self.tokens_left
         self.chunks[seq] = ScheduledChunk(seq, seq.num_computed, length)
         self.tokens_left -= length
 

@@ -124,6 +124,8 @@ class WorkerRuntime:
         )
         self._progress("warming up", 0.0)
         self.engine.warm_up()
+        if self.overlaps:
+            self.engine.compute_ahead()
         self._progress("ready", 1.0)
 
     def serve(self, role: Role) -> WorkerEndpoint:
@@ -152,12 +154,22 @@ class WorkerRuntime:
         self._role.drop_everything()
         self.incarnation = incarnation
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next iteration is scheduled while one computes."""
+        setting = self.config.scheduler.overlap
+        on = setting == "on" or (setting == "auto" and self.device.startswith("cuda"))
+        return on and self.role_name == "decode"
+
     def iterate(self, plan: IterationPlan, run: Callable[[], None]) -> None:
         """Run one planned iteration and account for it."""
         began = time.monotonic()
         run()
-        ended, metrics = time.monotonic(), self.metrics
-        seconds = ended - began
+        self.account(plan, began, time.monotonic())
+
+    def account(self, plan: IterationPlan, began: float, ended: float) -> None:
+        """Note that an iteration has ended."""
+        seconds, metrics = ended - began, self.metrics
         self.trace.iteration(plan, began, ended)
         self.scheduler.measured(plan, seconds)
         metrics.iteration_seconds.observe(seconds)
