@@ -19,9 +19,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tandem.controller.actors import WorkerActor
+from tandem.controller.machine_cores import ownable_cores
 from tandem.controller.platform import StartFailure
 from tandem.controller.roster import Endpoint, Role
 from tandem.core.config import TandemConfig
+from tandem.core.cores import assign_cores, format_cores
 
 NAMESPACE = "tandem"
 CONTROLLER_NAME = "tandem-controller"
@@ -121,10 +123,27 @@ class RayPlatform:
         return actor_class.options(**options).remote(
             name,
             self._classes[role],
-            self._config,
+            with_cores(self._config, self._names, name, several_nodes=several_nodes),
             "cuda" if gpus > 0 else "cpu",
             several_nodes=several_nodes,
         )
+
+
+def with_cores(
+    config: TandemConfig, names: tuple[str, ...], name: str, *, several_nodes: bool
+) -> TandemConfig:
+    """Resolve worker.cpu_affinity "auto" to the worker's own cores, "off" where there are none.
+
+    On several nodes Ray chooses a worker's node later than this, so nobody knows its neighbours.
+    """
+    if config.worker.cpu_affinity != "auto":
+        return config
+    cores: tuple[int, ...] = ()
+    if not several_nodes and config.controller.gpus_per_worker == 0:
+        cores = assign_cores(ownable_cores(), names, config.worker.threads).get(name, ())
+    affinity = format_cores(cores) if cores else "off"
+    worker = config.worker.model_copy(update={"cpu_affinity": affinity})
+    return config.model_copy(update={"worker": worker})
 
 
 def place_of(name: str, cpus: float, gpus: float) -> PlacementGroup:

@@ -76,10 +76,12 @@ class Engine:
         progress: Progress | None = None,
         weights: WeightSource | None = None,
         neighbours: Neighbours | None = None,
+        cores: Rows[int] = (),
     ) -> None:
         """Load the weights, from the model directory's files if no other source is given.
         `layers_per_group` 0 makes four groups of layers; `neighbours` is who shares the memory that
-        KV blocks are sized from.
+        KV blocks are sized from; `cores` is where the threads that help the calling one are pinned
+        to, the first being the caller's own.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -94,7 +96,7 @@ class Engine:
             keep = partial(packed_keeper, model_dir, model, self.spec, weights.num_elements)
         with weights as source:
             loader = Loader(source, self.spec.torch_dtype, self.device)
-            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups, keep)
+            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups, keep, cores)
         give_back_freed_memory()
         load_seconds = time.monotonic() - started
         self.kv_capacity = measure_kv_capacity(
@@ -135,10 +137,11 @@ class Engine:
             return REFERENCE.name
         return implementation(self.device)
 
-    def compute_ahead(self) -> None:
-        """Let `launch` return before the iteration has ended. On CUDA it does so anyway."""
+    def compute_ahead(self, core: int | None = None) -> None:
+        """Let `launch` return before the iteration has ended, from a thread that stays on `core`.
+        On CUDA it returns so anyway."""
         if self.device.type != "cuda":
-            self._execute = ComputeThread("compute")
+            self._execute = ComputeThread("compute", core)
 
     def warm_up(self) -> None:
         """Run prompts and decode steps through everything once, and on CUDA capture the graphs of
@@ -276,12 +279,14 @@ def _load_decoder(
     config: DecoderConfig,
     layer_groups: tuple[tuple[int, int], ...],
     keep: Callable[[], Keep | None] | None,
+    cores: Rows[int],
 ) -> Decoder | CompiledModel:
     """Load the decoder in the form that the kernels of its device want; `keep` makes what keeps
     packed weights."""
     if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
         group_ends = [first + count - 1 for first, count in layer_groups]
-        return CompiledModel.load(loader, config, group_ends, keep() if keep is not None else None)
+        kept = keep() if keep is not None else None
+        return CompiledModel.load(loader, config, group_ends, kept, cores)
     return Decoder.load(loader, config)
 
 

@@ -29,6 +29,7 @@ from tandem.tracing.buffer import TraceBuffer
 from tandem.tracing.service import add_tracing
 from tandem.transfer import LinkBudget, PeerTransfer, Rendezvous, TransferEvents, make_kv_spec
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+from tandem.worker.affinity import CoreClaim
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
 from tandem.worker.metrics import WorkerMetrics
@@ -101,7 +102,9 @@ class WorkerRuntime:
         """Load weights, make the KV blocks and warm up. Raises `ModelLoadError`, `ConfigError`."""
         config = self.config
         policy = make_policy(config.scheduler, self.role_name)
-        torch.set_num_threads(config.worker.threads or _default_threads(config))
+        self._claim = CoreClaim(config.worker.cpu_affinity)
+        cores = self._claim.cores
+        torch.set_num_threads(config.worker.threads or len(cores) or _default_threads(config))
         self.model_path = resolve_model(config.model.path)
         self.engine = Engine(
             self.model_path,
@@ -113,6 +116,7 @@ class WorkerRuntime:
             neighbours=Neighbours(
                 _local_workers(config, self.device), config.scheduler.max_running
             ),
+            cores=cores,
         )
         self.pool = BlockPool(
             self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
@@ -125,12 +129,13 @@ class WorkerRuntime:
         self._progress("warming up", 0.0)
         self.engine.warm_up()
         if self.overlaps:
-            self.engine.compute_ahead()
+            self.engine.compute_ahead(*cores[:1])
         self._progress("ready", 1.0)
 
     def serve(self, role: Role) -> WorkerEndpoint:
         """Start the threads and the gRPC server; returns once it listens."""
-        self.loop = EngineLoop(self.name, role.step)
+        core = self._claim.cores[0] if self._claim.cores and not self.overlaps else None
+        self.loop = EngineLoop(self.name, role.step, core)
         self.events = EventLoopThread(self.name)
         self._role = role
         address = self.events.run(self._start_server(role))
@@ -147,6 +152,7 @@ class WorkerRuntime:
         self.loop.stop()
         self.events.run(self._server.stop(grace=0.5), timeout=5.0)
         self.events.stop()
+        self._claim.release()
 
     def adopt(self, incarnation: int) -> None:
         """Take a new incarnation after the old one was burnt. Engine thread."""
@@ -221,7 +227,7 @@ class WorkerRuntime:
             state=cluster_pb2.WORKER_STATE_READY,
             pid=os.getpid(),
             node=platform.node(),
-            device=self.device,
+            device=self._claim.describe(self.device),
             incarnation=self.incarnation,
             address=endpoint.address if endpoint else "",
             metrics_address=endpoint.metrics_address if endpoint else "",
@@ -338,7 +344,7 @@ class _Rate:
 
 
 def _default_threads(config: TandemConfig) -> int:
-    return max(1, (os.cpu_count() or 1) // _local_workers(config, "cpu"))
+    return max(1, len(os.sched_getaffinity(0)) // _local_workers(config, "cpu"))
 
 
 def _local_workers(config: TandemConfig, device: str) -> int:

@@ -43,10 +43,13 @@ class CompiledModel:
         config: DecoderConfig,
         group_ends: Sequence[int],
         keep: Keep | None = None,
+        cores: Sequence[int] = (),
     ) -> CompiledModel:
         """Read every tensor, or what `keep` has of them; raise `ModelLoadError` if the checkpoint
-        does not fit the configuration."""
+        does not fit the configuration. `cores`: of the threads, if there is one for each."""
         context = cpu.Context(torch.get_num_threads())
+        if len(cores) == context.threads:
+            context.pin(cores)
 
         def build(add: Callable[[str, Any], None]) -> None:
             in_parallel(context.threads, _jobs(context, loader, config), add)
