@@ -138,7 +138,7 @@ class Scheduler:
             seq = chunk.sequence
             if seq.phase == "running":
                 seq.num_computed = chunk.end
-                self._publish(seq, chunk.start, chunk.end)
+                self.publish(seq, chunk.start, chunk.end)
 
     def append(self, seq: Sequence, token_id: int) -> None:
         """Add a sampled token (or, while receiving, the one that the prefill worker sampled)."""
@@ -232,7 +232,7 @@ class Scheduler:
         start, seq.num_computed = seq.num_computed, max(seq.num_computed, num_tokens)
         # The newest token may be computed here after all (`fall_back`), and a block that others can
         # find is never written again: so the block of the newest token is published by `join`.
-        self._publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
+        self.publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
 
     def join(self, seq: Sequence) -> None:
         """Let a receiving sequence decode: all KV but the newest token's must be in place."""
@@ -252,7 +252,7 @@ class Scheduler:
     def _start_running(self, seq: Sequence) -> None:
         seq.remote = False
         self._move(seq, "running")
-        self._publish(seq, 0, seq.num_computed)
+        self.publish(seq, 0, seq.num_computed)
 
     def _require_receiving(self, seq: Sequence) -> None:
         if seq.phase != "receiving":
@@ -289,7 +289,7 @@ class Scheduler:
         salt = seq.request.cache_salt
         extend_hashes(seq.block_hashes, seq.token_ids, self.pool.block_size, salt)
 
-    def _publish(self, seq: Sequence, start: int, end: int) -> None:
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
         """Make the blocks findable that are full now that tokens [start, end) have their KV."""
         blocks = range(start // self.pool.block_size, end // self.pool.block_size)
         if not blocks or not self.pool.prefix_cache:

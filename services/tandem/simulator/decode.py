@@ -9,12 +9,14 @@ from tandem.core.sequence import IterationPlan, Sequence
 from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.gateway import SimulatedGateway
-from tandem.simulator.iterations import IterationLoop
+from tandem.simulator.iterations import TOKEN, IterationLoop
 from tandem.simulator.prefill import SimulatedPrefill
 
 
 class SimulatedDecode:
     """The counterpart of `tandem.decode.worker.DecodeWorker` and its `Handoff`."""
+
+    decodes = True
 
     def __init__(
         self,
@@ -153,9 +155,19 @@ class SimulatedDecode:
     def sampled(self, sequence: Sequence) -> None:
         self._token(self._by_sequence[sequence])
 
+    def repeated(self, plan: IterationPlan, ends: list[float]) -> None:
+        flights = [self._by_sequence[chunk.sequence] for chunk in plan.chunks]
+        times = [end + self._rpc_seconds for end in ends]
+        if all(flight.first_token_at for flight in flights):
+            self._gateway.tokens(flights, times)
+            return
+        for flight in flights:  # a prompt whose last chunk was one token
+            for time in times:
+                self._gateway.token(flight, time)
+
     def _token(self, flight: Flight) -> None:
         sequence = flight.sequence
-        self._loop.scheduler.append(sequence, 0)
+        self._loop.scheduler.append(sequence, TOKEN)
         if not flight.first_token_at:
             self._gateway.stage(flight, self.name, "first_token")
         self._gateway.token(flight, self._clock.now + self._rpc_seconds)

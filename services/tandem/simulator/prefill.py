@@ -24,6 +24,8 @@ _ITERATIONS_OFFERED_AHEAD = 2
 class SimulatedPrefill:
     """The counterpart of `tandem.prefill.worker.PrefillWorker`."""
 
+    decodes = False
+
     def __init__(
         self,
         loop: IterationLoop,
@@ -131,6 +133,10 @@ class SimulatedPrefill:
         self._loop.scheduler.finish(sequence, None)
         self._clock.after(self._rpc_seconds, flight.decode.first_token, flight, leg)
         self._clock.at(leg.landed_at, flight.decode.landed, flight, leg)
+
+    def repeated(self, plan: IterationPlan, ends: list[float]) -> None:
+        """Never: a sequence leaves with its first token."""
+        raise AssertionError("a prefill worker decoded")
 
     def _fetched(self, sequence: Sequence, held: int) -> None:
         self._loop.scheduler.landed(sequence, held)
