@@ -10,7 +10,7 @@ limits it. Pure, but for the caller's `Runner`, which may use several cores; sam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from statistics import fmean
 
@@ -18,6 +18,7 @@ from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError
 from tandem.scheduler.costs import Work
 from tandem.simulator.cluster import ClusterSpec
+from tandem.simulator.limits import improvements
 from tandem.simulator.profile import Profile
 from tandem.simulator.sweep import with_chunk, with_policy
 from tandem.simulator.trace import TraceRequest
@@ -37,7 +38,6 @@ _NARROW = 1.04
 """A finalist's rate is bracketed as closely as this."""
 _OVER = 1.1
 """How far above the winner's rate its limits are looked for."""
-_BETTER = 1.25
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class _Race:
         """Make the winner's machine better in one respect at a time, a little above its rate."""
         spec, rate = self._spec(best.candidate), best.rate * _OVER
         stretch = self._numbered(0, rate)
-        better = _improvements(spec)
+        better = improvements(spec)
         trials = [Trial(spec, stretch, rate)] + [Trial(s, stretch, rate) for s in better.values()]
         over, *outcomes = self._run(trials)
         self._trials += len(trials)
@@ -293,41 +293,6 @@ class _Bracket:
             self.next = (self.low * self.high) ** 0.5
         else:
             self.next = self.low * _RUNG or self.high / _RUNG
-
-
-def _improvements(spec: ClusterSpec) -> dict[str, ClusterSpec]:
-    """The same cluster on machines that are better in one respect."""
-    profile, cost, link = spec.profile, spec.profile.iteration, spec.profile.link
-    prompts = {"prompt": cost.prompt, "prompt_token": cost.prompt_token, "attended": cost.attended}
-    steps = {"fixed": cost.fixed, "decode": cost.decode, "context": cost.context}
-    blocks = spec.config.cache.num_blocks or profile.num_blocks
-    profiles = {
-        "prefill compute": {"iteration": _cheaper(profile, prompts)},
-        "decode steps": {"iteration": _cheaper(profile, steps)},
-    }
-    if link is not None and spec.num_prefill:
-        faster = {"bytes_per_second": link.bytes_per_second * 4, "latency": link.latency / 4}
-        profiles["KV links"] = {"link": link.model_copy(update=faster)}
-    profiles["messages and gateway"] = {"rpc_seconds": 0.0, "gateway_seconds": 0.0}
-    better = {
-        what: replace(spec, profile=profile.model_copy(update=update))
-        for what, update in profiles.items()
-    }
-    cache = spec.config.cache.model_copy(update={"num_blocks": 4 * blocks})
-    better["KV blocks"] = replace(spec, config=spec.config.model_copy(update={"cache": cache}))
-    running = spec.config.scheduler.model_copy(
-        update={"max_running": 4 * spec.config.scheduler.max_running}
-    )
-    better["scheduler.max_running"] = replace(
-        spec, config=spec.config.model_copy(update={"scheduler": running})
-    )
-    return better
-
-
-def _cheaper(profile: Profile, terms: Mapping[str, float]) -> object:
-    return profile.iteration.model_copy(
-        update={name: value / _BETTER for name, value in terms.items()}
-    )
 
 
 def _bootstrap(rates: Sequence[float], rng: Random, rounds: int = 1000) -> tuple[float, float]:
