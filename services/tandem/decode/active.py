@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tandem.decode.peers import PrefillPeer
     from tandem.decode.sessions import GatewaySession
 
-LegPhase = Literal["asked", "offered", "granted", "over"]
+LegPhase = Literal["asked", "offered", "granted", "cutting", "over"]
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +28,9 @@ class Leg:
         asked --Offer--> offered --blocks reserved--> granted --all KV landed + first token--> over
           |                 |                            |
           +---- peer lost, failed, or cancelled: over; what has landed stays with the sequence
+
+    A granted leg may be *cut*: the prefill worker stops at the end of the chunk under way, and once
+    what it computed has landed this worker goes on from there.
     """
 
     leg_id: int
@@ -38,12 +41,23 @@ class Leg:
     was_asked: bool = False
     """Whether the prefill worker knows of it already, so that a grant is a message of its own."""
     landing: LandingProgress | None = None
+    held: int = 0
+    """Tokens that needed no KV from the peer."""
+    computed: int = 0
+    """Tokens from the start that the peer has said to have computed."""
+    cut_at: int | None = None
+    """Where the peer stopped, once it has said so."""
     first_token_at: float | None = None
     last_piece_at: float = 0.0
     last_event_at: float = 0.0
     """When anything was last heard of it, once it is granted."""
     transfer_seconds: float = 0.0
     kv_bytes: int = 0
+
+    @property
+    def num_ready(self) -> int:
+        """Tokens that nobody need compute any more."""
+        return max(self.held, self.computed)
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +75,10 @@ class ActiveRequest:
     first_token_at: float | None = None
     cached_tokens: int | None = None
     prefill_worker: str = ""
+    moves: int = 0
+    """Times that its prompt went from one pool to the other."""
+    is_lent: bool = False
+    """Whether its prompt is computed here although the router named a prefill worker."""
     handover: worker_pb2.HandoverInfo | None = None
     """How its KV came; goes out with the next token."""
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)

@@ -9,6 +9,7 @@ elsewhere.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import structlog
@@ -28,6 +29,9 @@ log = structlog.get_logger(__name__)
 
 class HandoffOwner(Protocol):
     """What the hand-over tells the worker about a request. Engine thread."""
+
+    def news(self) -> None:
+        """A prefill worker has said something: prompts may be better off elsewhere."""
 
     def enqueue(self, active: ActiveRequest) -> None:
         """Put its sequence into the scheduler's queue, where it waits for blocks."""
@@ -49,6 +53,18 @@ class Handoff:
         self._legs: dict[int, ActiveRequest] = {}
         self._holds = TransferHolds(runtime.pool)
         self._next_leg_id = 1
+
+    @property
+    def peers(self) -> Collection[PrefillPeer]:
+        """The prefill workers in use."""
+        return self._peers.values()
+
+    def movable_legs(self) -> Iterator[tuple[ActiveRequest, Leg]]:
+        """Legs whose prompt is not done, in the order in which they were begun."""
+        for active in self._legs.values():
+            leg = active.leg
+            if leg is not None and leg.phase != "cutting" and leg.first_token_at is None:
+                yield active, leg
 
     # -- what the worker asks for
 
@@ -96,12 +112,28 @@ class Handoff:
             cancel = worker_pb2.CancelPrefill(leg_id=leg.leg_id)
             leg.peer.send(worker_pb2.DecodeToPrefill(cancel=cancel))
 
+    def cut(self, active: ActiveRequest) -> bool:
+        """End a leg early so that this worker computes the rest; what is computed is kept.
+
+        True: it is granted, and goes on here once what the peer has computed is in its blocks.
+        False: nothing was computed, the leg is over, and the sequence may be queued anew.
+        """
+        leg = active.leg
+        if leg is None or leg.phase != "granted":
+            self.abandon(active)
+            self._runtime.scheduler.withdraw(active.sequence)
+            return False
+        leg.phase = "cutting"
+        cut = worker_pb2.CutPrefill(leg_id=leg.leg_id)
+        leg.peer.send(worker_pb2.DecodeToPrefill(cut=cut))
+        return True
+
     def tick(self, now: float) -> None:
         """Fail legs that were granted and of which nothing has been heard for too long."""
         timeout = self._runtime.config.worker.progress_timeout
         for active in list(self._legs.values()):
             leg = active.leg
-            if leg and leg.phase == "granted" and now - leg.last_event_at > timeout:
+            if leg and leg.phase in ("granted", "cutting") and now - leg.last_event_at > timeout:
                 self._fail(active, leg, f"no chunk and no KV for {timeout:g} s")
 
     def close(self) -> None:
@@ -115,6 +147,11 @@ class Handoff:
     def peer_message(self, peer: PrefillPeer, message: worker_pb2.PrefillToDecode) -> None:
         """Apply a message of a prefill worker; one about a leg that is over is stale."""
         kind = message.WhichOneof("kind")
+        peer.progress_at = time.monotonic()
+        self._owner.news()
+        if kind == "load":
+            peer.load = message.load
+            return
         body = getattr(message, kind) if kind else None
         active = self._legs.get(body.leg_id) if body is not None else None
         if active is None or active.leg is None or active.leg.peer is not peer:
@@ -131,6 +168,9 @@ class Handoff:
                 self._chunk(active, leg, message.chunk)
             case "done":
                 self._done(active, leg, message.done)
+            case "cut":
+                leg.cut_at = message.cut.num_tokens
+                self._finish_cut(active, leg)
             case "failed":
                 self._fail(active, leg, message.failed.reason)
 
@@ -160,7 +200,10 @@ class Handoff:
         self._runtime.metrics.kv_bytes.inc(piece.num_bytes)
         leg.last_piece_at = leg.last_event_at = time.monotonic()
         self._note_landed(active, leg)
-        self._complete(active, leg)
+        if leg.cut_at is not None:
+            self._finish_cut(active, leg)
+        else:
+            self._complete(active, leg)
 
     def receives_closed(self, peer: PrefillPeer, leg_id: int) -> None:
         """No scatter touches the leg's blocks any more."""
@@ -203,6 +246,7 @@ class Handoff:
         held = min(sequence.num_computed, leg.num_tokens - 1)
         leg.phase = "granted"
         leg.last_event_at = time.monotonic()
+        leg.held = held
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
         self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
         slots = runtime.engine.storage.slots(sequence.block_table, held, leg.num_tokens)
@@ -219,6 +263,7 @@ class Handoff:
         if active.cached_tokens is None:
             cached = max(active.sequence.num_cached, started.cached_tokens)
             active.cached_tokens = min(cached, active.request.prompt_len)
+        leg.computed = started.cached_tokens
         if started.fetch_end > started.fetch_start:
             self._send_held(active, leg, started.fetch_start, started.fetch_end)
 
@@ -234,6 +279,7 @@ class Handoff:
         transfer.finish_sends(leg.leg_id)
 
     def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
+        leg.computed = chunk.start + chunk.num_tokens
         if not active.wants_prompt_logprobs:
             return
         active.add_prompt_logprobs(
@@ -282,6 +328,17 @@ class Handoff:
         self._end(active, leg)
         leg.peer.transfer.finish_receives(leg.leg_id)
         runtime.scheduler.join(active.sequence)
+
+    def _finish_cut(self, active: ActiveRequest, leg: Leg) -> None:
+        """Compute the rest here once everything up to the cut has landed."""
+        if leg.landing is None or leg.cut_at is None or leg.landing.contiguous < leg.cut_at:
+            return
+        self._note_landed(active, leg)
+        self._end(active, leg)
+        leg.peer.transfer.finish_receives(leg.leg_id)
+        leg.peer.transfer.cancel_sends(leg.leg_id)
+        self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)
+        self._runtime.scheduler.fall_back(active.sequence)
 
     def _fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
         self.abandon(active)

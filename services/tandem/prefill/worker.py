@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import grpc.aio
 import structlog
@@ -20,10 +21,12 @@ from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.engine import LayerGroup
 from tandem.prefill.legs import PrefillLeg
 from tandem.prefill.sessions import DecodePeer, PrefillService
+from tandem.router.lending import PromptWork, load_of
 from tandem.transfer import Piece
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import position_logprobs_to_proto, request_from_prefill
 from tandem.worker.landing import LandingProgress
+from tandem.worker.load import load_to_proto
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 from tandem.worker.transfers import LandedPiece, TransferHolds
 
@@ -106,6 +109,21 @@ class PrefillWorker:
         if leg is not None:
             self._drop(leg)
 
+    def cut(self, peer: DecodePeer, message: worker_pb2.CutPrefill) -> None:
+        """End a leg between two chunks: what is computed is sent, the decode worker does the rest.
+
+        One that has ended already was faster than the message.
+        """
+        leg = self._legs.get((peer, message.leg_id))
+        if leg is None:
+            return
+        computed = leg.sequence.num_computed if leg.phase == "computing" else 0
+        cut = worker_pb2.PrefillCut(leg_id=leg.leg_id, num_tokens=max(leg.held_tokens, computed))
+        peer.send(worker_pb2.PrefillToDecode(cut=cut))
+        peer.transfer.finish_sends(leg.leg_id)
+        peer.transfer.cancel_receives(leg.leg_id)
+        self._forget(leg, "cut")
+
     # -- the loop
 
     def step(self) -> bool:
@@ -118,10 +136,13 @@ class PrefillWorker:
             self._fail(self._by_sequence[sequence], "out of KV blocks")
         if plan.chunks:
             self._runtime.iterate(plan, lambda: self._run(plan))
+            if not self._legs:
+                self._report_load()  # idle from here on: somebody may have a prompt to spare
         return bool(plan.chunks or plan.admitted or plan.preempted)
 
     def tick(self) -> None:
-        """Nothing here waits on a deadline of its own: streams and links have theirs."""
+        """Say how loaded it is; streams and links have deadlines of their own."""
+        self._report_load()
 
     def drop_everything(self) -> None:
         """Forget every leg and stream."""
@@ -129,6 +150,23 @@ class PrefillWorker:
             self._drop(leg)
         for peer in self._peers:
             peer.close()
+
+    def _report_load(self) -> None:
+        """Tell every decode worker what it needs to decide where its prompts are computed."""
+        if self._runtime.config.lending.mode != "measured":
+            return
+        queued: dict[DecodePeer, PromptWork] = {peer: PromptWork() for peer in self._peers}
+        for leg in self._legs.values():
+            start = max(leg.held_tokens, leg.sequence.num_computed)
+            queued[leg.peer] = queued[leg.peer].plus(start, leg.sequence.num_tokens)
+        tokens = sum(work.tokens for work in queued.values())
+        attended = sum(work.attended for work in queued.values())
+        load = load_of(self._runtime.scheduler, PromptWork())
+        is_measured = self._runtime.scheduler.costs.trusted
+        for peer, own in queued.items():
+            others = PromptWork(tokens - own.tokens, attended - own.attended)
+            message = load_to_proto(replace(load, queued=others), is_measured=is_measured)
+            peer.send(worker_pb2.PrefillToDecode(load=message))
 
     # -- what transfers say
 

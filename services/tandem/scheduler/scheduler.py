@@ -17,10 +17,11 @@ from tandem.core.request import FinishReason, Request
 from tandem.core.sequence import IterationPlan, Phase, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.hashing import extend_hashes
-from tandem.scheduler.costs import work_of
+from tandem.scheduler.costs import CostEstimator, work_of
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
 from tandem.scheduler.policies import Policy, make_policy
+from tandem.scheduler.prompt_room import PromptRoom
 from tandem.scheduler.sequence_queue import SequenceQueue
 
 
@@ -51,6 +52,9 @@ class Scheduler:
         self.policy = policy or make_policy(config)
         self.pool = pool
         self.max_model_len = max_model_len
+        self.costs = CostEstimator()
+        self.prompt_room: PromptRoom | None = None
+        """Bounds prompts beside decode steps, where a worker computes them with its slack."""
         self.waiting = SequenceQueue()
         self.running = SequenceQueue()
         self.receiving = SequenceQueue()
@@ -94,6 +98,10 @@ class Scheduler:
         """Return how many tokens of a sequence its prefix cache would give now. Takes no hold."""
         return len(self._match_prefix(seq)) * self.pool.block_size
 
+    def blocks_to_admit(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence would take from the pool; 0 if it holds its own."""
+        return 0 if seq.block_table else self._num_blocks(seq.num_tokens + 1)
+
     def withdraw(self, seq: Sequence) -> None:
         """Take a sequence out of the queue; `add` puts it back at its place."""
         self.waiting.discard(seq)
@@ -119,8 +127,10 @@ class Scheduler:
         return plan
 
     def measured(self, plan: IterationPlan, seconds: float) -> None:
-        """Tell the policy how long the iteration of `plan` took."""
-        self.policy.measured(work_of(plan.chunks), seconds)
+        """Learn, and tell the policy, how long the iteration of `plan` took."""
+        work = work_of(plan.chunks)
+        self.costs.measured(work, seconds)
+        self.policy.measured(work, seconds)
 
     def advance(self, plan: IterationPlan) -> None:
         """Note that the chunks of `plan` are computed. Skips sequences that left meanwhile."""
@@ -143,7 +153,9 @@ class Scheduler:
         elif seq.phase == "running" and seq not in draft.chunks and draft.tokens_left:
             # Blocks of prompts were reserved at admission; 0: a sample is awaited.
             missing = len(seq.token_ids) - seq.num_computed
-            if missing > 1 or (missing == 1 and self._secure_blocks(seq, draft)):
+            if missing > 1:
+                limit = min(limit, self._room_for_prompts(draft))
+            if limit and missing and self._secure_blocks(seq, draft):
                 draft.add_chunk(seq, min(limit, missing))
 
     def _secure_blocks(self, seq: Sequence, draft: Draft) -> bool:
@@ -170,13 +182,26 @@ class Scheduler:
             self._leave(victim, "preempted")
             draft.preempted.append(victim)
 
+    def _room_for_prompts(self, draft: Draft) -> int:
+        """Prompt tokens that this iteration can still take."""
+        if self.prompt_room is None:
+            return draft.tokens_left
+        if draft.prompt_room is None:
+            limit = self.config.max_batch_tokens
+            draft.prompt_room = self.prompt_room.tokens(
+                draft.decoding, self.costs, limit, somebody_joins=bool(self.receiving)
+            )
+        return min(draft.tokens_left, draft.prompt_room - draft.prompt_tokens)
+
     # ------------------------------------------------------------------ admission
 
     def _admit(self, seq: Sequence, limit: int, draft: Draft) -> None:
         """Let a sequence out of the queue, or end admission for this iteration."""
         if not draft.admits or seq not in self.waiting:
             return
-        if (draft.tokens_left == 0 and not seq.remote) or not self._reserve_blocks(seq):
+        if not seq.remote:
+            limit = min(limit, draft.tokens_left, self._room_for_prompts(draft))
+        if not limit or not self._reserve_blocks(seq):
             draft.admits = False
             return
         self._move(seq, "receiving" if seq.remote else "running")
@@ -239,6 +264,18 @@ class Scheduler:
         self._require_receiving(seq)
         seq.num_computed = min(seq.num_computed, seq.num_tokens - 1)
         self._start_running(seq)
+
+    def hand_out(self, seq: Sequence) -> None:
+        """Let a prefill worker compute what is left of a running prompt: `fall_back` undone.
+
+        It keeps its blocks and what is in them.
+        """
+        if seq.phase != "running" or seq.num_uncomputed < 2:
+            raise ValueError(
+                f"{holder_of(seq)} is {seq.phase} with {seq.num_uncomputed} to compute"
+            )
+        seq.remote = True
+        self._move(seq, "receiving")
 
     def _start_running(self, seq: Sequence) -> None:
         seq.remote = False

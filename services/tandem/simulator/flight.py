@@ -26,6 +26,10 @@ class SimulatedLeg:
     """When the last of its pieces so far arrives."""
     first_token_at: float = 0.0
     has_landed: bool = False
+    is_granted: bool = False
+    computed: int = 0
+    """Tokens that the prefill worker has said to have computed."""
+    was_cut: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -44,3 +48,7 @@ class Flight:
     last_token_at: float = 0.0
     longest_gap: float = 0.0
     preemptions: int = 0
+    moves: int = 0
+    """Times that its prompt went from one pool to the other."""
+    is_lent: bool = False
+    """Whether the decode worker computes its prompt for the prefill pool."""

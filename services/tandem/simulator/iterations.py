@@ -34,6 +34,9 @@ class WorkerRole(Protocol):
 
     def sampled(self, sequence: Sequence) -> None: ...
 
+    def ended(self) -> None:
+        """Everything that came out of the iteration is handed out."""
+
 
 class IterationLoop:
     """Runs iterations of one worker while there is something to do."""
@@ -53,8 +56,15 @@ class IterationLoop:
         self._clock = clock
         self._use = use
         self._recorder = recorder
+        self.began = 0.0
+        """When the iteration under way, or the last one, began."""
         self._busy = False
         self._ticking = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an iteration is under way."""
+        return self._busy
 
     def attach(self, role: WorkerRole) -> None:
         """Say who is told of what happens."""
@@ -74,6 +84,7 @@ class IterationLoop:
             for seq in plan.admitted:
                 self._role.admitted(seq)
         self._busy = bool(plan.chunks)
+        self.began = now
         if plan.chunks:
             seconds = self._cost.seconds(work_of(plan.chunks))
             self._clock.after(seconds, self._end, plan, now)
@@ -98,4 +109,5 @@ class IterationLoop:
         self._role.computed(plan, began)
         for seq in samplers:
             self._role.sampled(seq)
+        self._role.ended()
         self.wake()

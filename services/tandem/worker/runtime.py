@@ -85,6 +85,8 @@ class WorkerRuntime:
         self.iterations = 0
         self.progress = 0
         """Grows with every iteration, and with those of prefill workers that work for this one."""
+        self.lent_requests = 0
+        self.lent_tokens = 0
         self.metrics = WorkerMetrics(name, role)
         self.link_budget = LinkBudget(config.transfer.max_links)
         self._rendezvous = Rendezvous(config.worker.host)
@@ -161,6 +163,13 @@ class WorkerRuntime:
         self.metrics.count_tokens(kind, amount)
         self._rate.add(amount, time.monotonic())
 
+    def count_lent(self, tokens: int, requests: int = 0) -> None:
+        """Count what was computed with this worker's slack for the other pool."""
+        self.lent_tokens += tokens
+        self.lent_requests += requests
+        self.metrics.lent_tokens.inc(tokens)
+        self.metrics.lent_requests.inc(requests)
+
     def peer_transfer(
         self,
         peer_name: str,
@@ -207,6 +216,8 @@ class WorkerRuntime:
             iterations=self.iterations,
             policy=policy_name(self.config.scheduler, self.role_name),
             kernels=self.engine.kernels,
+            lent_requests=self.lent_requests,
+            lent_tokens=self.lent_tokens,
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
                 name=self.model_name,
