@@ -27,6 +27,18 @@ def make_prompts(seed: int, count: int) -> list[list[int]]:
     return [rng.choices(range(3, 200), k=length) for length in lengths]
 
 
+async def learn_costs(cluster: LocalCluster, dispatcher: Dispatcher) -> None:
+    """Serve requests one by one until every prefill worker has said what its iterations cost."""
+    for i, prompt in enumerate(make_prompts(1, 40)):
+        await generate(dispatcher, f"learn-{i}", prompt, max_tokens=2, ignore_eos=True)
+
+
+async def kept_requests(cluster: LocalCluster) -> float:
+    names = [name for name in cluster.workers if name.startswith("prefill")]
+    series = "tandem_worker_lent_requests_total"
+    return sum([await cluster.metric(name, series) for name in names])
+
+
 async def run_all(dispatcher: Dispatcher, tag: str, prompts: list[list[int]]) -> list[list[int]]:
     """All prompts at once, every other one sampled, every third with penalties."""
     penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5}
@@ -97,6 +109,54 @@ async def test_a_worker_killed_while_prompts_move_changes_no_token(
         async with asyncio.timeout(30):
             while not running.done() and await moves(cluster, "here") == before:
                 pass
+        cluster.workers[victim].signal(signal.SIGKILL)
+        assert await asyncio.wait_for(running, 90) == expected
+        await cluster.assert_all_free(set(cluster.workers) - {victim})
+        await until_ready(dispatcher)
+
+
+SHORT_OF_BLOCKS: dict[str, dict[str, object]] = {
+    "cache": {"prefix_cache": False, "num_blocks": 160},
+    "gateway": {"router": {"policy": "least_loaded"}},
+    "lending": {"max_kept": 4},
+    "scheduler": {"itl_objective": 60.0},
+}
+"""A prompt of 500 tokens takes 125 blocks; the objective never stands in the way of keeping."""
+
+
+async def test_requests_that_prefill_workers_keep_give_the_same_tokens(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    prompts = make_prompts(23, 24)
+    config = make_config(**SHORT_OF_BLOCKS)
+    expected = await expected_tokens(config, connect, prompts)
+    async with local_cluster(config, prefill=2) as cluster, connect(cluster) as dispatcher:
+        await learn_costs(cluster, dispatcher)
+        before = await kept_requests(cluster)
+        for round_ in range(2):
+            assert await run_all(dispatcher, f"kept-{round_}", prompts) == expected
+            await cluster.assert_all_free()
+        assert await kept_requests(cluster) > before
+        assert dispatcher.in_flight == 0
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+async def test_a_worker_killed_while_requests_are_kept_changes_no_token(
+    victim: str, make_config: MakeConfig, connect: Connect
+) -> None:
+    prompts = make_prompts(24, 20)
+    config = make_config(**SHORT_OF_BLOCKS)
+    expected = await expected_tokens(config, connect, prompts)
+    async with (
+        local_cluster(config, prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
+        await learn_costs(cluster, dispatcher)
+        running = asyncio.create_task(run_all(dispatcher, "killed", prompts))
+        before = await kept_requests(cluster)
+        async with asyncio.timeout(30):
+            while not running.done() and await kept_requests(cluster) == before:
+                await asyncio.sleep(0)
         cluster.workers[victim].signal(signal.SIGKILL)
         assert await asyncio.wait_for(running, 90) == expected
         await cluster.assert_all_free(set(cluster.workers) - {victim})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tandem.decode.peers import PrefillPeer
     from tandem.decode.sessions import GatewaySession
 
-LegPhase = Literal["asked", "offered", "granted", "cutting", "over"]
+LegPhase = Literal["asked", "offered", "kept", "granted", "cutting", "over"]
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +29,8 @@ class Leg:
           |                 |                            |
           +---- peer lost, failed, or cancelled: over; what has landed stays with the sequence
 
+    An offered leg for which there are no blocks may be *kept*: the prefill worker computes it and
+    goes on decoding, until blocks are reserved and it is granted; then KV and request come here.
     A granted leg may be *cut*: the prefill worker stops at the end of the chunk under way, and once
     what it computed has landed this worker goes on from there.
     """
@@ -43,6 +45,8 @@ class Leg:
     landing: LandingProgress | None = None
     held: int = 0
     """Tokens that needed no KV from the peer."""
+    was_kept: bool = False
+    """Whether the prefill worker has been told to decode it: tokens may come before any KV."""
     computed: int = 0
     """Tokens from the start that the peer has said to have computed."""
     cut_at: int | None = None

@@ -17,6 +17,7 @@ import structlog
 from tandem.core.request import SampledToken
 from tandem.decode.active import ActiveRequest, Leg
 from tandem.decode.peers import PrefillPeer
+from tandem.router.lending import local_prefill_limit
 from tandem.transfer import Piece
 from tandem.v1 import worker_pb2
 from tandem.wire import position_logprobs_from_proto, request_to_prefill
@@ -63,7 +64,9 @@ class Handoff:
         """Legs whose prompt is not done, in the order in which they were begun."""
         for active in self._legs.values():
             leg = active.leg
-            if leg is not None and leg.phase != "cutting" and leg.first_token_at is None:
+            if leg is None or leg.phase == "cutting" or leg.was_kept:
+                continue
+            if leg.first_token_at is None:
                 yield active, leg
 
     # -- what the worker asks for
@@ -93,7 +96,8 @@ class Handoff:
         leg, sequence = active.leg, active.sequence
         if leg is None:
             raise ValueError(f"{active.key}: admitted as remote without a leg")
-        if sequence.num_uncomputed <= self._runtime.config.worker.local_prefill_max_tokens:
+        short = local_prefill_limit(self._runtime.config)
+        if sequence.num_uncomputed <= short and not leg.was_kept:
             self.abandon(active)
             active.prefill_worker = ""
             self._runtime.scheduler.fall_back(sequence)
@@ -111,6 +115,20 @@ class Handoff:
         if leg.was_asked:
             cancel = worker_pb2.CancelPrefill(leg_id=leg.leg_id)
             leg.peer.send(worker_pb2.DecodeToPrefill(cancel=cancel))
+
+    def legs_on(self, peer: PrefillPeer) -> list[Leg]:
+        """The legs that run on a peer, or wait for it."""
+        legs = (active.leg for active in self._legs.values())
+        return [leg for leg in legs if leg is not None and leg.peer is peer]
+
+    def keep(self, active: ActiveRequest, leg: Leg) -> None:
+        """Let the prefill worker decode an offered leg itself until blocks are reserved here."""
+        leg.phase, leg.was_kept = "kept", True
+        if leg.was_asked:
+            keep = worker_pb2.KeepPrefill(leg_id=leg.leg_id)
+            leg.peer.send(worker_pb2.DecodeToPrefill(keep=keep))
+        else:
+            self._ask(active, leg, held_tokens=None, keep=True)
 
     def cut(self, active: ActiveRequest) -> bool:
         """End a leg early so that this worker computes the rest; what is computed is kept.
@@ -168,6 +186,8 @@ class Handoff:
                 self._chunk(active, leg, message.chunk)
             case "done":
                 self._done(active, leg, message.done)
+            case "kept":
+                self._kept_token(active, leg, message.kept)
             case "cut":
                 leg.cut_at = message.cut.num_tokens
                 self._finish_cut(active, leg)
@@ -225,12 +245,15 @@ class Handoff:
 
     # -- steps of a leg
 
-    def _ask(self, active: ActiveRequest, leg: Leg, held_tokens: int | None) -> None:
+    def _ask(
+        self, active: ActiveRequest, leg: Leg, held_tokens: int | None, *, keep: bool = False
+    ) -> None:
         request = request_to_prefill(
             active.request,
             leg_id=leg.leg_id,
             token_ids=active.sequence.token_ids,
             held_tokens=held_tokens,
+            keep=keep,
         )
         leg.was_asked = True
         leg.peer.send(worker_pb2.DecodeToPrefill(prefill=request))
@@ -249,10 +272,13 @@ class Handoff:
         leg.held = held
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
         self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
-        slots = runtime.engine.storage.slots(sequence.block_table, held, leg.num_tokens)
+        # A kept leg may have grown: whatever of it has room is welcome.
+        reserved = len(sequence.block_table) * runtime.pool.block_size
+        end = reserved if leg.was_kept else leg.num_tokens
+        slots = runtime.engine.storage.slots(sequence.block_table, held, end)
         leg.peer.transfer.expect(leg.leg_id, held, slots)
         if leg.was_asked:
-            grant = worker_pb2.Grant(leg_id=leg.leg_id, held_tokens=held)
+            grant = worker_pb2.Grant(leg_id=leg.leg_id, held_tokens=held, reserved_tokens=reserved)
             leg.peer.send(worker_pb2.DecodeToPrefill(grant=grant))
         else:
             self._ask(active, leg, held_tokens=held)
@@ -297,6 +323,16 @@ class Handoff:
         self._owner.token(active, SampledToken(done.token_id, logprobs))
         if active.leg is leg:
             self._complete(active, leg)
+
+    def _kept_token(self, active: ActiveRequest, leg: Leg, kept: worker_pb2.KeptToken) -> None:
+        """The prefill worker decodes this request: pass its token on."""
+        if kept.position != active.sequence.num_tokens:
+            due = active.sequence.num_tokens
+            self._fail(active, leg, f"token {kept.position} came where {due} was due")
+            return
+        has_logprobs = kept.HasField("logprobs")
+        logprobs = position_logprobs_from_proto(kept.logprobs) if has_logprobs else None
+        self._owner.token(active, SampledToken(kept.token_id, logprobs))
 
     def _note_landed(self, active: ActiveRequest, leg: Leg) -> None:
         if leg.landing is None:

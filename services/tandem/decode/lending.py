@@ -17,6 +17,7 @@ import structlog
 from tandem.core.sequence import Sequence
 from tandem.decode.active import ActiveRequest
 from tandem.decode.handoff import Handoff
+from tandem.decode.peers import PrefillPeer
 from tandem.router.lending import (
     MOST_PROMPTS,
     Prompt,
@@ -24,6 +25,7 @@ from tandem.router.lending import (
     WorkerLoad,
     best_move,
     load_of,
+    may_keep,
 )
 from tandem.scheduler.prompt_room import PromptRoom
 from tandem.worker.load import load_from_proto
@@ -53,7 +55,7 @@ class Lender:
         self.news = False
         if self._is_measured:
             objective = runtime.config.scheduler.itl_objective
-            runtime.scheduler.prompt_room = PromptRoom(objective)
+            runtime.scheduler.prompt_room = PromptRoom(objective, heeds_joining=True)
 
     def is_sooner_elsewhere(self, active: ActiveRequest, start: int, *, is_here: bool) -> bool:
         """Whether a prompt that comes now should not go where it would by default.
@@ -74,6 +76,37 @@ class Lender:
             if active is not None:
                 active.moves += 1
                 self._move(active)
+
+    def keep_where_it_is(self) -> None:
+        """Let idle prefill workers decode requests for which there are no blocks here."""
+        scheduler = self._runtime.scheduler
+        if not (self._is_measured and self._config.max_kept):
+            return
+        for sequence in islice(scheduler.waiting, MOST_PROMPTS):
+            active = self._owner.request_of(sequence)
+            leg = active.leg
+            if leg is not None and leg.phase == "offered" and self._may_keep(sequence, leg.peer):
+                self._handoff.keep(active, leg)
+                log.info(
+                    "request kept by its prefill worker", worker=self._runtime.name,
+                    request=active.request.request_id, peer=leg.peer.name,
+                )  # fmt: skip
+
+    def _may_keep(self, sequence: Sequence, peer: PrefillPeer) -> bool:
+        """Whether a prefill worker has nothing else to do and room for one more."""
+        if peer.load is None or not peer.load.HasField("costs"):
+            return False
+        legs = self._handoff.legs_on(peer)
+        kept = [leg for leg in legs if leg.phase == "kept"]
+        # Offered legs wait for blocks here, as this one does: there is nothing to do for them.
+        if any(leg.phase not in ("kept", "offered") for leg in legs):
+            return False
+        if len(kept) >= self._config.max_kept:
+            return False
+        most = self._runtime.scheduler.most_blocks(sequence)
+        load = load_from_proto(peer.load, 0.0)
+        # What was kept since that report is not in it, and all of it will grow.
+        return may_keep(load, sequence.num_tokens, most * (1 + len(kept)))
 
     def _move(self, active: ActiveRequest) -> None:
         scheduler, sequence, leg = self._runtime.scheduler, active.sequence, active.leg

@@ -118,6 +118,8 @@ class DecodeWorker:
             self._preempted(self._by_sequence[sequence])
         for sequence in plan.admitted:
             self._admitted(self._by_sequence[sequence])
+        if self._runtime.scheduler.num_waiting:
+            self._lender.keep_where_it_is()
         if plan.chunks:
             self._runtime.iterate(plan, lambda: self._run(plan))
             self._lender.news = True

@@ -34,6 +34,8 @@ class LegHandler(TransferHandler["DecodePeer"], Protocol):
 
     def cancel(self, peer: DecodePeer, message: worker_pb2.CancelPrefill) -> None: ...
 
+    def keep(self, peer: DecodePeer, message: worker_pb2.KeepPrefill) -> None: ...
+
     def cut(self, peer: DecodePeer, message: worker_pb2.CutPrefill) -> None: ...
 
 
@@ -142,6 +144,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                 post(handler.cancel, peer, message.cancel)
             case "cut":
                 post(handler.cut, peer, message.cut)
+            case "keep":
+                post(handler.keep, peer, message.keep)
             case "heartbeat":
                 pass  # that it came is all it says
             case kind:

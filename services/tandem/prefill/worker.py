@@ -19,9 +19,11 @@ from tandem.core.errors import OverloadedError, TandemError
 from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.engine import LayerGroup
+from tandem.prefill.kept import KeptRequests
 from tandem.prefill.legs import PrefillLeg
 from tandem.prefill.sessions import DecodePeer, PrefillService
 from tandem.router.lending import PromptWork, load_of
+from tandem.scheduler.prompt_room import PromptRoom
 from tandem.transfer import Piece
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import position_logprobs_to_proto, request_from_prefill
@@ -54,7 +56,11 @@ class PrefillWorker:
     def start(self) -> WorkerEndpoint:
         """Load, warm up and serve. Raises `ModelLoadError`."""
         self._runtime.load()
+        if self._runtime.config.lending.mode == "measured":
+            objective = self._runtime.config.scheduler.itl_objective
+            self._runtime.scheduler.prompt_room = PromptRoom(objective, heeds_joining=False)
         self._holds = TransferHolds(self._runtime.pool)
+        self._kept = KeptRequests(self._runtime, self._holds, self)
         return self._runtime.serve(self)
 
     def stop(self) -> None:
@@ -94,14 +100,24 @@ class PrefillWorker:
         self._by_sequence[sequence] = leg
         if message.HasField("grant"):
             self._granted(leg, message.grant.held_tokens)
+        elif message.keep:
+            self._keep(leg)
 
     def grant(self, peer: DecodePeer, message: worker_pb2.Grant) -> None:
         """The decode worker has reserved blocks for an offered leg."""
         leg = self._legs.get((peer, message.leg_id))
-        if leg is None or leg.phase != "offered":
+        if leg is not None and leg.phase == "keeping":
+            self._kept.granted(leg, message)
+        elif leg is not None and leg.phase == "offered":
+            self._granted(leg, message.held_tokens)
+        else:
             self._runtime.metrics.stale.inc()
-            return
-        self._granted(leg, message.held_tokens)
+
+    def keep(self, peer: DecodePeer, message: worker_pb2.KeepPrefill) -> None:
+        """The decode worker has no blocks: decode an offered leg here for now."""
+        leg = self._legs.get((peer, message.leg_id))
+        if leg is not None and leg.phase == "offered":
+            self._keep(leg)
 
     def cancel(self, peer: DecodePeer, message: worker_pb2.CancelPrefill) -> None:
         """Drop a leg; one that has ended already is no concern."""
@@ -122,7 +138,7 @@ class PrefillWorker:
         peer.send(worker_pb2.PrefillToDecode(cut=cut))
         peer.transfer.finish_sends(leg.leg_id)
         peer.transfer.cancel_receives(leg.leg_id)
-        self._forget(leg, "cut")
+        self.forget(leg, "cut")
 
     # -- the loop
 
@@ -237,6 +253,14 @@ class PrefillWorker:
         except OverloadedError as error:
             self._fail(leg, error.message)
 
+    def _keep(self, leg: PrefillLeg) -> None:
+        leg.phase = "keeping"
+        self._runtime.count_lent(0, requests=1)
+        try:
+            self._runtime.scheduler.add(leg.sequence)
+        except OverloadedError as error:
+            self._fail(leg, error.message)
+
     def _start(self, leg: PrefillLeg) -> None:
         """Blocks are reserved: fetch what the decode worker has, send what is cached here."""
         sequence, transfer = leg.sequence, leg.peer.transfer
@@ -250,6 +274,8 @@ class PrefillWorker:
             leg_id=leg.leg_id, cached_tokens=cached, fetch_start=cached, fetch_end=max(cached, held)
         )
         leg.peer.send(worker_pb2.PrefillToDecode(started=started))
+        if leg.phase == "keeping":
+            return
         self._holds.take(leg.peer.name, leg.leg_id, "out", sequence)
         transfer.open_sends(leg.leg_id)
         if cached < held:
@@ -261,7 +287,7 @@ class PrefillWorker:
             return
         ready = self._runtime.engine.record_event()
         for first_layer, num_layers in self._runtime.engine.layer_groups:
-            self._send(leg, LayerGroup(first_layer, num_layers, ready), held, cached)
+            self.send_kv(leg, LayerGroup(first_layer, num_layers, ready), held, cached)
         if sequence.remote:
             self._compute(leg)
         else:
@@ -277,7 +303,8 @@ class PrefillWorker:
 
         def on_layers(group: LayerGroup) -> None:
             for leg, chunk in legs:
-                self._send(leg, group, max(chunk.start, leg.held_tokens), chunk.end)
+                if leg.phase != "keeping":
+                    self.send_kv(leg, group, max(chunk.start, leg.held_tokens), chunk.end)
 
         try:
             output = runtime.engine.run(plan, on_layers)
@@ -287,13 +314,18 @@ class PrefillWorker:
                 self._fail(leg, f"{runtime.name}: forward pass failed: {error}")
             return
         runtime.scheduler.advance(plan)
-        runtime.count_tokens("prefill", plan.num_tokens)
+        for chunk in plan.chunks:
+            runtime.count_tokens("decode" if chunk.length == 1 else "prefill", chunk.length)
         for leg, chunk in legs:
             self._computed(leg, chunk, output.prompt_logprobs.get(chunk.sequence, []))
         for sequence, sampled in output.tokens.items():
-            self._finish(self._by_sequence[sequence], sampled)
+            leg = self._by_sequence[sequence]
+            if leg.phase != "keeping":
+                self._finish(leg, sampled)
+            elif self._kept.sampled(leg, sampled):
+                self.forget(leg, "finished")
 
-    def _send(self, leg: PrefillLeg, group: LayerGroup, start: int, end: int) -> None:
+    def send_kv(self, leg: PrefillLeg, group: LayerGroup, start: int, end: int) -> None:
         """Hand KV of tokens [start, end) in one group of layers to the link."""
         if start >= end:
             return
@@ -306,6 +338,9 @@ class PrefillWorker:
     def _computed(
         self, leg: PrefillLeg, chunk: ScheduledChunk, logprobs: list[PositionLogprobs]
     ) -> None:
+        if leg.phase == "keeping" and chunk.start >= len(leg.sequence.request.token_ids):
+            leg.chunks += 1
+            return  # a decode step: its token says it all
         message = worker_pb2.ChunkComputed(
             leg_id=leg.leg_id,
             chunk=leg.chunks,
@@ -327,7 +362,7 @@ class PrefillWorker:
             done.logprobs.CopyFrom(position_logprobs_to_proto(sampled.logprobs))
         leg.peer.send(worker_pb2.PrefillToDecode(done=done))
         leg.peer.transfer.finish_sends(leg.leg_id)
-        self._forget(leg, "finished")
+        self.forget(leg, "finished")
         self._runtime.metrics.observe_stage("prefill", done.prefill_seconds)
 
     def _fail(self, leg: PrefillLeg, reason: str) -> None:
@@ -337,9 +372,10 @@ class PrefillWorker:
     def _drop(self, leg: PrefillLeg, outcome: str = "cancelled") -> None:
         leg.peer.transfer.cancel_sends(leg.leg_id)
         leg.peer.transfer.cancel_receives(leg.leg_id)
-        self._forget(leg, outcome)
+        self.forget(leg, outcome)
 
-    def _forget(self, leg: PrefillLeg, outcome: str) -> None:
+    def forget(self, leg: PrefillLeg, outcome: str) -> None:
+        """End a leg here; what its transfer still reads stays held."""
         self._runtime.scheduler.finish(leg.sequence, None)
         del self._legs[leg.peer, leg.leg_id]
         del self._by_sequence[leg.sequence]

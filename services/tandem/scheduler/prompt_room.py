@@ -18,8 +18,10 @@ MIN_ROOM = 16
 class PromptRoom:
     """The bound that ITL objectives put on iterations, by their measured cost."""
 
-    def __init__(self, itl_objective: float) -> None:
+    def __init__(self, itl_objective: float, *, heeds_joining: bool) -> None:
+        """`heeds_joining`: sequences that receive KV are about to decode here."""
         self._itl_objective = itl_objective
+        self._heeds_joining = heeds_joining
 
     def longest_iteration(self, decoding: SequenceOf[Sequence]) -> float:
         """Return the least ITL objective, in seconds, of the sequences that decode."""
@@ -32,13 +34,13 @@ class PromptRoom:
         costs: CostEstimator,
         limit: int,
         *,
-        somebody_joins: bool,
+        num_receiving: int,
     ) -> int:
         """Return the prompt tokens that fit beside `decoding`; at most `limit`.
 
-        `somebody_joins`: a sequence whose KV is on its way would be stalled like those that decode.
+        A sequence whose KV is on its way would be stalled like those that decode.
         """
-        if not decoding and not somebody_joins:
+        if not decoding and not (self._heeds_joining and num_receiving):
             return limit
         if not (costs.knows_prompts and costs.trusted):
             return min(MIN_ROOM, limit)

@@ -102,6 +102,10 @@ class Scheduler:
         """Return how many blocks a sequence would take from the pool; 0 if it holds its own."""
         return 0 if seq.block_table else self._num_blocks(seq.num_tokens + 1)
 
+    def most_blocks(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence takes when it is as long as it may become."""
+        return self._num_blocks(min(seq.request.max_len, self.max_model_len))
+
     def withdraw(self, seq: Sequence) -> None:
         """Take a sequence out of the queue; `add` puts it back at its place."""
         self.waiting.discard(seq)
@@ -141,8 +145,8 @@ class Scheduler:
                 self._publish(seq, chunk.start, chunk.end)
 
     def append(self, seq: Sequence, token_id: int) -> None:
-        """Add a sampled token (or, while receiving, the one that the prefill worker sampled)."""
-        if seq.phase not in ("running", "receiving"):
+        """Add a sampled token; that of a remote sequence came from a prefill worker."""
+        if not (seq.phase in ("running", "receiving") or (seq.phase == "waiting" and seq.remote)):
             raise ValueError(f"{holder_of(seq)} is {seq.phase} and takes no tokens")
         seq.token_ids.append(token_id)
 
@@ -189,7 +193,7 @@ class Scheduler:
         if draft.prompt_room is None:
             limit = self.config.max_batch_tokens
             draft.prompt_room = self.prompt_room.tokens(
-                draft.decoding, self.costs, limit, somebody_joins=bool(self.receiving)
+                draft.decoding, self.costs, limit, num_receiving=len(self.receiving)
             )
         return min(draft.tokens_left, draft.prompt_room - draft.prompt_tokens)
 

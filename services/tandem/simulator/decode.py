@@ -48,7 +48,8 @@ class SimulatedDecode:
         self._legs_on: Counter[SimulatedPrefill] = Counter()
         self._news = False
         if config.lending.mode == "measured":
-            loop.scheduler.prompt_room = PromptRoom(config.scheduler.itl_objective)
+            objective = config.scheduler.itl_objective
+            loop.scheduler.prompt_room = PromptRoom(objective, heeds_joining=True)
 
     def submit(self, flight: Flight) -> None:
         """Take a request."""

@@ -586,7 +586,6 @@ class PrefillToDecode(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     CUT_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
-    HANDOVER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___PeerHello:
         """first, exactly once"""
@@ -611,8 +610,6 @@ class PrefillToDecode(_message.Message):
     def cut(self) -> Global___PrefillCut: ...
     @_builtins.property
     def kept(self) -> Global___KeptToken: ...
-    @_builtins.property
-    def handover(self) -> Global___KeptHandover: ...
     def __init__(
         self,
         *,
@@ -627,13 +624,12 @@ class PrefillToDecode(_message.Message):
         load: Global___WorkerLoad | None = ...,
         cut: Global___PrefillCut | None = ...,
         kept: Global___KeptToken | None = ...,
-        handover: Global___KeptHandover | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "cut", b"cut", "done", b"done", "failed", b"failed", "handover", b"handover", "heartbeat", b"heartbeat", "hello", b"hello", "kept", b"kept", "kind", b"kind", "link", b"link", "load", b"load", "offer", b"offer", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "cut", b"cut", "done", b"done", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "kept", b"kept", "kind", b"kind", "link", b"link", "load", b"load", "offer", b"offer", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "cut", b"cut", "done", b"done", "failed", b"failed", "handover", b"handover", "heartbeat", b"heartbeat", "hello", b"hello", "kept", b"kept", "kind", b"kind", "link", b"link", "load", b"load", "offer", b"offer", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "cut", b"cut", "done", b"done", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "kept", b"kept", "kind", b"kind", "link", b"link", "load", b"load", "offer", b"offer", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "offer", "started", "chunk", "done", "failed", "link", "heartbeat", "load", "cut", "kept", "handover"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "offer", "started", "chunk", "done", "failed", "link", "heartbeat", "load", "cut", "kept"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -996,7 +992,9 @@ Global___CutPrefill: _TypeAlias = CutPrefill  # noqa: Y015
 
 @_typing.final
 class PrefillCut(_message.Message):
-    """The leg has ended early; KV of its first `num_tokens` tokens has been sent or was held."""
+    """The leg has ended early, as asked or because a kept one was granted; KV of its first `num_tokens`
+    tokens has been sent or was held.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1072,32 +1070,6 @@ class KeptToken(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeptToken: _TypeAlias = KeptToken  # noqa: Y015
-
-@_typing.final
-class KeptHandover(_message.Message):
-    """A kept leg is handed over: no more tokens come. KV of its first `num_tokens` tokens follows, or
-    was held.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LEG_ID_FIELD_NUMBER: _builtins.int
-    NUM_TOKENS_FIELD_NUMBER: _builtins.int
-    leg_id: _builtins.int
-    num_tokens: _builtins.int
-    def __init__(
-        self,
-        *,
-        leg_id: _builtins.int = ...,
-        num_tokens: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id", "num_tokens", b"num_tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___KeptHandover: _TypeAlias = KeptHandover  # noqa: Y015
 
 @_typing.final
 class IterationCosts(_message.Message):
