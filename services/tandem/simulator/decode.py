@@ -16,6 +16,7 @@ from tandem.router.lending import (
     best_move,
     load_of,
     local_prefill_limit,
+    may_keep,
 )
 from tandem.scheduler.prompt_room import PromptRoom
 from tandem.simulator.clock import Clock
@@ -145,9 +146,14 @@ class SimulatedDecode:
             self._news = True
 
     def prefill_failed(self, flight: Flight) -> None:
-        """The prefill worker is too full to take the leg after all: compute the prompt here."""
+        """The prefill worker is too full for the leg after all: compute what is missing here."""
         self._end_leg(flight)
-        self._loop.scheduler.fall_back(flight.sequence)
+        if flight.sequence.phase == "receiving":
+            self._loop.scheduler.fall_back(flight.sequence)
+        else:
+            self._loop.scheduler.withdraw(flight.sequence)
+            flight.sequence.remote = False
+            self._enqueue(flight)
         self._loop.wake()
 
     # ------------------------------------------------------------------ around an iteration
@@ -161,7 +167,7 @@ class SimulatedDecode:
         leg, target = flight.leg, flight.prefill
         if not sequence.remote or leg is None or target is None:
             return
-        if sequence.num_uncomputed <= self._local_max:
+        if sequence.num_uncomputed <= self._local_max and not leg.is_kept:
             self._cancel(flight, leg, target)
             self._loop.scheduler.fall_back(sequence)
             return
@@ -170,6 +176,9 @@ class SimulatedDecode:
     def _grant(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
         leg.held_tokens = min(flight.sequence.num_computed, leg.num_tokens - 1)
         leg.is_granted = True
+        leg.reserved_tokens = (
+            len(flight.sequence.block_table) * self._loop.scheduler.pool.block_size
+        )
         if leg.was_asked:
             self._clock.after(self._rpc_seconds, target.grant, flight, leg)
         else:
@@ -196,6 +205,40 @@ class SimulatedDecode:
             self._loop.scheduler.fall_back(flight.sequence)
             self._loop.wake()
 
+    def kept_token(self, flight: Flight, leg: SimulatedLeg) -> None:
+        """The prefill worker decodes this request: pass its token on."""
+        if flight.leg is leg:
+            self._gateway.report.kept_tokens += 1
+            self._token(flight)
+            if flight.sequence.phase == "finished":
+                self._end_leg(flight)
+            self._loop.wake()
+
+    def planned(self) -> None:
+        """Let idle prefill workers decode requests for which there are no blocks here."""
+        scheduler = self._loop.scheduler
+        if self._lending.mode != "measured" or not scheduler.waiting:
+            return
+        for sequence in islice(scheduler.waiting, MOST_PROMPTS):
+            flight = self._by_sequence[sequence]
+            leg, target = flight.leg, flight.prefill
+            if leg is None or target is None or leg.was_kept or not self._may_keep(flight, target):
+                continue
+            leg.is_kept = leg.was_kept = leg.was_asked = True
+            self._clock.after(self._rpc_seconds, target.keep, flight, leg)
+
+    def _may_keep(self, flight: Flight, target: SimulatedPrefill) -> bool:
+        """Whether a prefill worker has nothing else to do and room for one more."""
+        load = target.load(self)
+        legs = [leg for other, leg in self._legs.items() if other.prefill is target]
+        kept = [leg for leg in legs if leg.was_kept]
+        if load is None or any(leg.is_granted and not leg.was_kept for leg in legs):
+            return False
+        if len(kept) >= self._lending.max_kept:
+            return False
+        most = self._loop.scheduler.most_blocks(flight.sequence)
+        return may_keep(load, flight.sequence.num_tokens, most * (1 + len(kept)))
+
     def _prompts(self) -> Iterator[Prompt[Flight]]:
         """Every prompt of this worker in the order in which its place serves it."""
         scheduler = self._loop.scheduler
@@ -203,7 +246,7 @@ class SimulatedDecode:
             if not sequence.remote and sequence.num_uncomputed > 1:
                 yield self._prompt(self._by_sequence[sequence], sequence.num_computed, is_here=True)
         for flight, leg in self._legs.items():
-            if not (leg.was_cut or leg.first_token_at):
+            if not (leg.was_cut or leg.was_kept or leg.first_token_at):
                 yield self._prompt(flight, max(leg.computed, leg.held_tokens), is_here=False)
 
     def _prompt(self, flight: Flight, start: int, *, is_here: bool) -> Prompt[Flight]:

@@ -29,7 +29,14 @@ class SimulatedLeg:
     is_granted: bool = False
     computed: int = 0
     """Tokens that the prefill worker has said to have computed."""
+    done: int = 0
+    """Tokens that it has computed, on the prefill worker."""
     was_cut: bool = False
+    is_kept: bool = False
+    """Whether the prefill worker decodes it while the decode worker has no blocks."""
+    was_kept: bool = False
+    reserved_tokens: int = 0
+    """Of a kept leg that was granted: tokens whose KV has a place."""
 
 
 @dataclass(slots=True, eq=False)

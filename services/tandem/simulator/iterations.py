@@ -29,6 +29,9 @@ class WorkerRole(Protocol):
 
     def preempted(self, sequence: Sequence) -> None: ...
 
+    def planned(self) -> None:
+        """A plan is made; what still waits had no place in it."""
+
     def computed(self, plan: IterationPlan, began: float) -> None:
         """Chunks are computed as of now; `advance` has been called."""
 
@@ -83,6 +86,7 @@ class IterationLoop:
                 self._role.preempted(seq)
             for seq in plan.admitted:
                 self._role.admitted(seq)
+            self._role.planned()
         self._busy = bool(plan.chunks)
         self.began = now
         if plan.chunks:
