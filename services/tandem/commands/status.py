@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from typing import Annotated
 
 import grpc
@@ -91,6 +92,7 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "lent_tokens": worker.lent_tokens,
         "policy": worker.policy,
         "kernels": worker.kernels,
+        "kv_capacity": worker.kv_capacity,
         "restarts": worker.restarts,
         "detail": worker.detail,
     }
@@ -115,6 +117,7 @@ def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     kernels = sorted({worker.kernels for worker in cluster.workers if worker.kernels})
     legend = ", ".join([*(f"kernels {name}" for name in kernels), "blocks used/cached/total"])
     lines: list[RenderableType] = [Text(", ".join(facts)), Text(legend, style="dim"), table]
+    lines += [_capacity(capacity, cluster.workers) for capacity in _capacities(cluster)]
     lines += [_note(worker, many_nodes=len(nodes) > 1) for worker in cluster.workers]
     if cluster.dashboard:
         lines.append(Text(f"dashboard {cluster.dashboard}", style="dim"))
@@ -135,6 +138,16 @@ def _row(worker: cluster_pb2.WorkerStatus) -> list[str | Text]:
         str(worker.links),
         f"{worker.tokens_per_second:.1f}",
     ]
+
+
+def _capacities(cluster: cluster_pb2.ClusterStatus) -> list[str]:
+    return sorted({worker.kv_capacity for worker in cluster.workers if worker.kv_capacity})
+
+
+def _capacity(capacity: str, workers: Iterable[cluster_pb2.WorkerStatus]) -> Text:
+    """KV blocks, and which workers have that many."""
+    names = ", ".join(worker.name for worker in workers if worker.kv_capacity == capacity)
+    return Text(f"KV of {names}: {capacity}", style="dim")
 
 
 def _note(worker: cluster_pb2.WorkerStatus, *, many_nodes: bool) -> Text:

@@ -239,9 +239,8 @@ class DecodeWorker:
         return config.worker.disaggregated and missing_tokens > local_prefill_limit(config)
 
     def _admitted(self, active: ActiveRequest) -> None:
-        sequence, metrics = active.sequence, self._runtime.metrics
-        metrics.queried_tokens.inc(sequence.num_tokens)
-        metrics.cached_tokens.inc(sequence.num_cached)
+        sequence = active.sequence
+        self._runtime.count_prefix_lookup(sequence)
         if sequence.remote:
             self._handoff.admitted(active)
         if active.leg is None:  # prefilled here

@@ -6,9 +6,11 @@ with the plan; sequences are read, never changed. Used by one thread, the engine
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,19 +19,21 @@ import torch
 from torch import Tensor
 
 from tandem.core.config import CacheConfig, ModelConfig
-from tandem.core.errors import ConfigError
 from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
+from tandem.engine.kv_capacity import Neighbours, measure_kv_capacity
 from tandem.engine.logprobs import position_logprobs
-from tandem.engine.models.compiled import CompiledModel, can_compile
+from tandem.engine.memory import give_back_freed_memory
+from tandem.engine.models.compiled import CompiledModel, Keep, can_compile
 from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
+from tandem.engine.packed_identity import packed_keeper
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.warm_up import warm_up
 from tandem.engine.weights import Checkpoint, Progress, WeightSource
-from tandem.kvcache.storage import KVStorage, bytes_per_token
+from tandem.kvcache.storage import KVStorage
 from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
 from tandem_kernels.cpu import prefer_huge_pages
 
@@ -88,9 +92,11 @@ class Engine:
         layers_per_group: int = 0,
         progress: Progress | None = None,
         weights: WeightSource | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         """Load the weights, from the model directory's files if no other source is given.
-        `layers_per_group` 0 makes four groups of layers.
+        `layers_per_group` 0 makes four groups of layers; `neighbours` is who shares the memory that
+        KV blocks are sized from.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -99,10 +105,19 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        with weights or Checkpoint(model_dir, progress) as checkpoint:
-            loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
-            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups)
-        self.num_blocks = _num_blocks(cache, self.spec)
+        started, keep = time.monotonic(), None
+        if weights is None:
+            weights = Checkpoint(model_dir, progress)
+            keep = partial(packed_keeper, model_dir, model, self.spec, weights.num_elements)
+        with weights as source:
+            loader = Loader(source, self.spec.torch_dtype, self.device)
+            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups, keep)
+        give_back_freed_memory()
+        load_seconds = time.monotonic() - started
+        self.kv_capacity = measure_kv_capacity(
+            cache, self.spec, self.device, neighbours or Neighbours()
+        )
+        self.num_blocks = self.kv_capacity.num_blocks
         self.storage = KVStorage(
             num_layers=self.spec.num_layers,
             num_blocks=self.num_blocks,
@@ -123,7 +138,8 @@ class Engine:
             dtype=self.spec.dtype,
             device=str(self.device),
             kernels=self.kernels,
-            num_blocks=self.num_blocks,
+            load_seconds=round(load_seconds, 2),
+            kv_cache=str(self.kv_capacity),
         )
 
     @property
@@ -262,13 +278,16 @@ class Engine:
 
 
 def _load_decoder(
-    loader: Loader, config: DecoderConfig, layer_groups: tuple[tuple[int, int], ...]
+    loader: Loader,
+    config: DecoderConfig,
+    layer_groups: tuple[tuple[int, int], ...],
+    keep: Callable[[], Keep | None] | None,
 ) -> Decoder | CompiledModel:
-    """Load the decoder in the form that the kernels of its device want."""
+    """Load the decoder in the form that the kernels of its device want; `keep` makes what keeps
+    packed weights."""
     if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
-        return CompiledModel.load(
-            loader, config, [first + count - 1 for first, count in layer_groups]
-        )
+        group_ends = [first + count - 1 for first, count in layer_groups]
+        return CompiledModel.load(loader, config, group_ends, keep() if keep is not None else None)
     return Decoder.load(loader, config)
 
 
@@ -284,19 +303,3 @@ def _wanted_rows(chunk: ScheduledChunk, first_row: int) -> _Rows:
     if request.sampling.prompt_logprobs is not None:
         count = max(0, min(chunk.end, request.prompt_len - 1) - chunk.start)
     return _Rows(chunk, range(first_row, first_row + count), chunk.samples)
-
-
-def _num_blocks(cache: CacheConfig, spec: ModelSpec) -> int:
-    """Return the configured number of blocks, or as many as `memory_bytes` holds."""
-    if cache.num_blocks:
-        return cache.num_blocks
-    token_bytes = bytes_per_token(
-        spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.torch_dtype
-    )
-    num_blocks = cache.memory_bytes // (token_bytes * cache.block_size)
-    if num_blocks < 1:
-        raise ConfigError(
-            f"cache.memory_bytes is {cache.memory_bytes}; allowed: at least "
-            f"{token_bytes * cache.block_size}, one block of this model"
-        )
-    return num_blocks

@@ -158,6 +158,7 @@ class ModelInfo(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    NO_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """as clients name it"""
     path: _builtins.str
@@ -165,6 +166,8 @@ class ModelInfo(_message.Message):
     max_model_len: _builtins.int
     block_size: _builtins.int
     vocab_size: _builtins.int
+    no_prefix_cache: _builtins.bool
+    """workers keep no block of a finished prompt"""
     def __init__(
         self,
         *,
@@ -173,10 +176,11 @@ class ModelInfo(_message.Message):
         max_model_len: _builtins.int = ...,
         block_size: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
+        no_prefix_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "max_model_len", b"max_model_len", "name", b"name", "path", b"path", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "max_model_len", b"max_model_len", "name", b"name", "no_prefix_cache", b"no_prefix_cache", "path", b"path", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -228,6 +232,7 @@ class WorkerStatus(_message.Message):
     KERNELS_FIELD_NUMBER: _builtins.int
     LENT_REQUESTS_FIELD_NUMBER: _builtins.int
     LENT_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_CAPACITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -258,6 +263,8 @@ class WorkerStatus(_message.Message):
     lent_requests: _builtins.int
     """served with its slack for the other pool"""
     lent_tokens: _builtins.int
+    kv_capacity: _builtins.str
+    """blocks, tokens, bytes, and what they were derived from"""
     @_builtins.property
     def model_info(self) -> Global___ModelInfo: ...
     def __init__(
@@ -288,10 +295,11 @@ class WorkerStatus(_message.Message):
         kernels: _builtins.str = ...,
         lent_requests: _builtins.int = ...,
         lent_tokens: _builtins.int = ...,
+        kv_capacity: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model_info", b"model_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "lent_requests", b"lent_requests", "lent_tokens", b"lent_tokens", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "kv_capacity", b"kv_capacity", "lent_requests", b"lent_requests", "lent_tokens", b"lent_tokens", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,8 +19,9 @@ import torch
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import IntegrityError
-from tandem.core.sequence import IterationPlan
+from tandem.core.sequence import IterationPlan, Sequence
 from tandem.engine.engine import Engine
+from tandem.engine.kv_capacity import Neighbours
 from tandem.kvcache.block_pool import BlockPool
 from tandem.modelfiles import resolve_model, served_name
 from tandem.scheduler import PoolRole, Scheduler, make_policy, policy_name
@@ -88,6 +89,7 @@ class WorkerRuntime:
         self.lent_requests = 0
         self.lent_tokens = 0
         self.metrics = WorkerMetrics(name, role)
+        self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
         self.link_budget = LinkBudget(config.transfer.max_links)
         self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
@@ -107,6 +109,9 @@ class WorkerRuntime:
             self.device,
             layers_per_group=config.transfer.layers_per_group,
             progress=self._progress,
+            neighbours=Neighbours(
+                _local_workers(config, self.device), config.scheduler.max_running
+            ),
         )
         self.pool = BlockPool(
             self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
@@ -170,6 +175,11 @@ class WorkerRuntime:
         self.metrics.lent_tokens.inc(tokens)
         self.metrics.lent_requests.inc(requests)
 
+    def count_prefix_lookup(self, sequence: Sequence) -> None:
+        """Count what an admitted sequence found in the prefix cache, where there is one."""
+        if self.pool.prefix_cache:
+            self.metrics.count_prefix_lookup(sequence.num_tokens, sequence.num_cached)
+
     def peer_transfer(
         self,
         peer_name: str,
@@ -218,6 +228,7 @@ class WorkerRuntime:
             kernels=self.engine.kernels,
             lent_requests=self.lent_requests,
             lent_tokens=self.lent_tokens,
+            kv_capacity=str(self.engine.kv_capacity),
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
                 name=self.model_name,
@@ -225,6 +236,7 @@ class WorkerRuntime:
                 max_model_len=spec.max_model_len,
                 block_size=self.config.cache.block_size,
                 vocab_size=spec.vocab_size,
+                no_prefix_cache=not self.config.cache.prefix_cache,
             ),
         )
 
@@ -241,12 +253,13 @@ class WorkerRuntime:
         while True:
             await asyncio.sleep(self.config.worker.heartbeat_interval)
             self.loop.post(self._role.tick)
-            self._publish_gauges()
+            self.loop.post(self._publish_gauges)
 
     def _publish_gauges(self) -> None:
         self.metrics.running.set(self.scheduler.num_running)
         self.metrics.waiting.set(self.scheduler.num_waiting)
         self.metrics.set_blocks(self.pool.num_used, self.pool.num_cached, self.pool.num_blocks)
+        self.metrics.unused_slots.set(self.scheduler.num_unused_slots)
         self.metrics.links.set(self.link_budget.num_open)
 
 
@@ -317,7 +330,15 @@ class _Rate:
 
 
 def _default_threads(config: TandemConfig) -> int:
+    return max(1, (os.cpu_count() or 1) // _local_workers(config, "cpu"))
+
+
+def _local_workers(config: TandemConfig, device: str) -> int:
+    """How many workers share a device's memory: all of them on a CPU, as on one machine."""
+    if device != "cpu":
+        gpus = config.controller.gpus_per_worker
+        return max(1, round(1 / gpus)) if gpus else 1
     workers = config.controller.decode_workers
     if config.worker.disaggregated:
         workers += config.controller.prefill_workers
-    return max(1, (os.cpu_count() or 1) // workers)
+    return workers
