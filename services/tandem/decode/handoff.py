@@ -60,6 +60,10 @@ class Handoff:
         """The prefill workers in use."""
         return self._peers.values()
 
+    @property
+    def has_legs(self) -> bool:
+        return bool(self._legs)
+
     def movable_legs(self) -> Iterator[tuple[ActiveRequest, Leg]]:
         """Legs whose prompt is not done, in the order in which they were begun."""
         for active in self._legs.values():

@@ -122,7 +122,9 @@ class DecodeWorker:
             self._lender.keep_where_it_is()
         if plan.chunks:
             self._runtime.iterate(plan, lambda: self._run(plan))
-            self._lender.news = True
+            # Without a prompt anywhere there is nothing to move: decoding alone costs nothing here.
+            has_prompts = plan.num_tokens > len(plan.chunks) or self._handoff.has_legs
+            self._lender.news |= has_prompts or self._runtime.scheduler.num_waiting > 0
         self._flush()
         return bool(plan.chunks or plan.preempted or plan.admitted)
 

@@ -316,14 +316,16 @@ class SimulatedDecode:
         self._prefill(flight)
 
     def computed(self, plan: IterationPlan, began: float) -> None:
-        """Nothing is sent from here."""
+        """Count what was computed for the prefill pool."""
         for chunk in plan.chunks:
-            flight = self._by_sequence[chunk.sequence]
-            if flight.is_lent and chunk.length > 1:
-                self._gateway.report.lent_tokens += chunk.length
+            if chunk.length > 1:
+                self._news = True
+                if self._by_sequence[chunk.sequence].is_lent:
+                    self._gateway.report.lent_tokens += chunk.length
 
     def ended(self) -> None:
-        self._news = True
+        """Without a prompt anywhere there is nothing to move."""
+        self._news |= bool(self._legs or self._loop.scheduler.waiting)
 
     def sampled(self, sequence: Sequence) -> None:
         self._token(self._by_sequence[sequence])
