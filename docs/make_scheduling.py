@@ -17,7 +17,8 @@ from typing import Any
 from tandem.core.config import TandemConfig
 from tandem.scheduler.policies import POLICIES
 from tandem.simulator import ClusterSpec, Profile, TraceRequest, load_profile, read_trace, simulate
-from tandem.simulator.timeline import Recorder, render_svg
+from tandem.timeline.events import Timeline
+from tandem.timeline.picture import render_svg
 
 DOCS = Path(__file__).parent
 PICTURES = DOCS / "images/scheduling"
@@ -87,7 +88,7 @@ def _lending(mode: str) -> str:
     warm_up = [TraceRequest(0.2 * i, 40, 3) for i in range(12)]
     running = [TraceRequest(2.6, 20, 60), TraceRequest(2.7, 20, 60)]
     machine = MACHINE.model_copy(update={"num_blocks": 400})
-    recorder = Recorder()
+    recorder = Timeline()
     requests = [*warm_up, *running, *LENDING_REQUESTS]
     simulate(requests, ClusterSpec(machine, config, 1, 1), {}, recorder)
     return render_svg(recorder, ["prefill-0", "decode-0"], seconds=0.45, start=2.97)
@@ -101,7 +102,7 @@ def _picture(policy: str, num_prefill: int) -> str:
             "lending": {"mode": "threshold"},
         }
     )
-    recorder = Recorder()
+    recorder = Timeline()
     spec = ClusterSpec(MACHINE, config, num_prefill, 1)
     requests = REQUESTS
     if policy != "priority_classes":  # every policy heeds priorities; only this one lets them age
@@ -121,7 +122,7 @@ def service(policy: str) -> dict[str, list[tuple[float, float]]]:
     config = TandemConfig.model_validate(
         {"scheduler": {**SCHEDULER, "policy": policy, "max_running": 6}}
     )
-    recorder = Recorder()
+    recorder = Timeline()
     simulate(trace, ClusterSpec(MACHINE, config, 0, 1), {}, recorder)
     served: dict[str, list[tuple[float, float]]] = {"flood": [(0.0, 0.0)], "quiet": [(0.0, 0.0)]}
     for box in recorder.iterations:

@@ -13,7 +13,7 @@ from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.iterations import IterationLoop
 from tandem.simulator.links import Links
-from tandem.simulator.timeline import Recorder
+from tandem.timeline.events import Timeline, Transfer
 
 if TYPE_CHECKING:
     from tandem.simulator.decode import SimulatedDecode
@@ -32,7 +32,7 @@ class SimulatedPrefill:
         clock: Clock,
         links: Links,
         rpc_seconds: float,
-        recorder: Recorder | None,
+        recorder: Timeline | None,
     ) -> None:
         self.name = loop.name
         self._loop = loop
@@ -230,7 +230,8 @@ class SimulatedPrefill:
             )
             if self._recorder is not None:
                 name = flight.request.request_id
-                self._recorder.transfer(self.name, receiver, name, first, leg.landed_at)
+                span = (first, leg.landed_at, max(chunk.start, leg.held_tokens), num_tokens)
+                self._recorder.transfer(Transfer(self.name, receiver, name, *span))
 
     def planned(self) -> None:
         """What waits here waits for its turn."""
