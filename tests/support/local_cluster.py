@@ -39,8 +39,17 @@ _PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker"]
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
-def _worker_main(role: str, name: str, config: TandemConfig, device: str, pipe: Connection) -> None:
+def _worker_main(
+    role: str,
+    name: str,
+    config: TandemConfig,
+    device: str,
+    pipe: Connection,
+    prepare: Callable[[str], None] | None,
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if prepare is not None:
+        prepare(name)
     worker = _ROLES[role](name, config, device)
     pipe.send(worker.start())
     try:
@@ -108,6 +117,8 @@ class LocalCluster:
 
     config: TandemConfig
     device: str = "cpu"
+    prepare: Callable[[str], None] | None = None
+    """Called in each worker's process with its name before it starts; must be importable there."""
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     controller_address: str = ""
     _membership: _Membership = field(default_factory=_Membership)
@@ -122,7 +133,7 @@ class LocalCluster:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_worker_main,
-                args=(role, name, self.config, self.device, theirs),
+                args=(role, name, self.config, self.device, theirs, self.prepare),
                 daemon=True,
             )
             process.start()
@@ -195,10 +206,14 @@ class LocalCluster:
 
 @asynccontextmanager
 async def local_cluster(
-    config: TandemConfig, prefill: int = 1, decode: int = 1, device: str = "cpu"
+    config: TandemConfig,
+    prefill: int = 1,
+    decode: int = 1,
+    device: str = "cpu",
+    prepare: Callable[[str], None] | None = None,
 ) -> AsyncIterator[LocalCluster]:
     """Run a cluster of worker processes for the duration of a test."""
-    cluster = LocalCluster(config, device)
+    cluster = LocalCluster(config, device, prepare)
     server = grpc.aio.server()
     cluster_pb2_grpc.add_ClusterServicer_to_server(cluster._membership, server)
     port = server.add_insecure_port("127.0.0.1:0")

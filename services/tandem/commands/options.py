@@ -24,6 +24,7 @@ PANELS = {
     "scheduler": "Scheduling",
     "transfer": "Scheduling",
     "worker": "Scheduling",
+    "lending": "Scheduling",
     "gateway": "Gateway",
     "controller": "Cluster",
 }

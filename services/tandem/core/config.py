@@ -101,7 +101,8 @@ class SchedulerConfig(_Frozen):
         2.0, description="deadline: seconds to the first token, of requests that say nothing"
     )
     itl_objective: Seconds = Field(
-        0.2, description="deadline: seconds between tokens, of requests that say nothing"
+        0.2,
+        description="deadline, lending: seconds between tokens, of requests that say nothing",
     )
     tenant_weights: str = Field(
         "", description="fair_share: tenant=weight, ...; tenants that are not named weigh 1"
@@ -163,7 +164,10 @@ class WorkerConfig(_Frozen):
     )
     disaggregated: bool = Field(True, description="false: decode workers prefill everything")
     local_prefill_max_tokens: int = Field(
-        32, ge=0, description="uncached prompt tokens up to which the decode worker prefills itself"
+        32,
+        ge=0,
+        description="uncached prompt tokens up to which the decode worker prefills itself, "
+        "unless lending.mode is off or what is measured says otherwise",
     )
 
 
@@ -179,6 +183,26 @@ class RouterConfig(_Frozen):
     )
     max_in_flight: int = Field(1024, ge=1, description="requests per decode worker before 429")
     max_tracked_blocks: int = Field(65536, ge=1, description="prefix blocks remembered per worker")
+
+
+class LendingConfig(_Frozen):
+    """How one pool's slack serves the other."""
+
+    mode: Literal["measured", "threshold", "off"] = Field(
+        "measured",
+        description="where prompts are computed: measured: where the first token is predicted "
+        "sooner; threshold: by worker.local_prefill_max_tokens; off: by prefill workers only",
+    )
+    margin: float = Field(
+        0.15, ge=0, lt=1, description="measured: share of its time that a move must save"
+    )
+    max_moves: int = Field(3, ge=0, description="measured: times that one prompt may move")
+    max_kept: int = Field(
+        8,
+        ge=0,
+        description="measured: requests that an idle prefill worker decodes itself while decode "
+        "workers are out of blocks",
+    )
 
 
 class GatewayConfig(_Frozen):
@@ -258,6 +282,7 @@ class TandemConfig(_Frozen):
     scheduler: SchedulerConfig = SchedulerConfig()
     transfer: TransferConfig = TransferConfig()
     worker: WorkerConfig = WorkerConfig()
+    lending: LendingConfig = LendingConfig()
     gateway: GatewayConfig = GatewayConfig()
     controller: ControllerConfig = ControllerConfig()
     tracing: TracingConfig = TracingConfig()

@@ -88,6 +88,8 @@ class WorkerRuntime:
         self.iterations = 0
         self.progress = 0
         """Grows with every iteration, and with those of prefill workers that work for this one."""
+        self.lent_requests = 0
+        self.lent_tokens = 0
         self.metrics = WorkerMetrics(name, role)
         self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
         self.trace = TraceBuffer(name, config.tracing.max_events, always=config.tracing.always)
@@ -183,6 +185,13 @@ class WorkerRuntime:
         self.metrics.count_tokens(kind, amount)
         self._rate.add(amount, time.monotonic())
 
+    def count_lent(self, tokens: int, requests: int = 0) -> None:
+        """Count what was computed with this worker's slack for the other pool."""
+        self.lent_tokens += tokens
+        self.lent_requests += requests
+        self.metrics.lent_tokens.inc(tokens)
+        self.metrics.lent_requests.inc(requests)
+
     def count_prefix_lookup(self, sequence: Sequence) -> None:
         """Count what an admitted sequence found in the prefix cache, where there is one."""
         if self.pool.prefix_cache:
@@ -235,6 +244,8 @@ class WorkerRuntime:
             iterations=self.iterations,
             policy=policy_name(self.config.scheduler, self.role_name),
             kernels=self.engine.kernels,
+            lent_requests=self.lent_requests,
+            lent_tokens=self.lent_tokens,
             kv_capacity=str(self.engine.kv_capacity),
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
