@@ -150,9 +150,15 @@ class Lender:
             sequence.num_tokens,
             active.target.name if active.target else "",
             is_here=is_here,
-            may_move=active.moves < self._config.max_moves and not sequence.num_under_way,
+            may_move=active.moves < self._config.max_moves and self._may_leave(sequence),
             blocks=self._runtime.scheduler.blocks_to_admit(sequence),
         )
+
+    def _may_leave(self, sequence: Sequence) -> bool:
+        """Whether no iteration writes its blocks, and they have room for what would come back."""
+        if not sequence.block_table:
+            return True
+        return not sequence.num_under_way and self._runtime.scheduler.has_room(sequence)
 
     def _best_move(self, prompts: Iterable[Prompt[ActiveRequest]]) -> ActiveRequest | None:
         loads = self._loads()

@@ -222,6 +222,8 @@ class DecodeWorker:
             is_here = not is_here
             active.is_lent = is_here
             self._runtime.count_lent(0, requests=int(is_here))
+        if sequence.block_table and not self._runtime.scheduler.has_room(sequence):
+            is_here = True  # KV of all its tokens could not come back
         if active.target is not None and not is_here:
             self._handoff.begin(active, active.target)
         else:

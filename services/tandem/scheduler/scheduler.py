@@ -126,6 +126,11 @@ class Scheduler:
         """Return how many blocks a sequence takes when it is as long as it may become."""
         return self._num_blocks(min(seq.request.max_len, self.max_model_len))
 
+    def has_room(self, seq: Sequence) -> bool:
+        """Whether a sequence holds blocks for all of its tokens. One that a prefill worker decoded
+        for a while may have grown past those that were reserved."""
+        return seq.num_tokens <= len(seq.block_table) * self.pool.block_size
+
     def withdraw(self, seq: Sequence) -> None:
         """Take a sequence out of the queue; `add` puts it back at its place."""
         self.waiting.discard(seq)
@@ -334,9 +339,9 @@ class Scheduler:
     def hand_out(self, seq: Sequence) -> None:
         """Let a prefill worker compute what is left of a running prompt: `fall_back` undone.
 
-        It keeps its blocks and what is in them.
+        It keeps its blocks and what is in them, and must hold those of all its tokens.
         """
-        if seq.phase != "running" or seq.num_uncomputed < 2:
+        if seq.phase != "running" or seq.num_uncomputed < 2 or not self.has_room(seq):
             raise ValueError(
                 f"{holder_of(seq)} is {seq.phase} with {seq.num_uncomputed} to compute"
             )
