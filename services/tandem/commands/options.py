@@ -24,6 +24,8 @@ PANELS = {
     "scheduler": "Scheduling",
     "transfer": "Scheduling",
     "worker": "Scheduling",
+    "prefill": "Cluster",
+    "decode": "Cluster",
     "gateway": "Gateway",
     "controller": "Cluster",
 }

@@ -22,9 +22,13 @@ from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.logprobs import position_logprobs
 from tandem.engine.models.compiled import CompiledModel, can_compile
-from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.layers import Loader
+from tandem.engine.parallel.compiled import CompiledShard
+from tandem.engine.parallel.follower import Follower
+from tandem.engine.parallel.group import ALONE, RankGroup
+from tandem.engine.parallel.leader import Announcer, LeadingModel
+from tandem.engine.parallel.weights import ShardedWeights
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.warm_up import warm_up
@@ -88,9 +92,11 @@ class Engine:
         layers_per_group: int = 0,
         progress: Progress | None = None,
         weights: WeightSource | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
         """Load the weights, from the model directory's files if no other source is given.
-        `layers_per_group` 0 makes four groups of layers.
+        `layers_per_group` 0 makes four groups of layers. With an `announcer` this is rank 0 of
+        several, and holds its part of the weights and of the KV heads.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -99,21 +105,14 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        with weights or Checkpoint(model_dir, progress) as checkpoint:
-            loader = Loader(checkpoint, self.spec.torch_dtype, self.device)
-            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups)
-        self.num_blocks = _num_blocks(cache, self.spec)
-        self.storage = KVStorage(
-            num_layers=self.spec.num_layers,
-            num_blocks=self.num_blocks,
-            block_size=cache.block_size,
-            num_kv_heads=self.spec.num_kv_heads,
-            head_dim=self.spec.head_dim,
-            dtype=self.spec.torch_dtype,
-            device=self.device,
-        )
-        if isinstance(self._decoder, CompiledModel):
-            prefer_huge_pages(self.storage.kv)
+        ranks = announcer.ranks if announcer is not None else ALONE
+        source = weights or Checkpoint(model_dir, progress)
+        self._decoder = _load_decoder(source, self.spec, self.device, self.layer_groups, ranks)
+        self.storage = _make_storage(cache, self.spec, self.device, ranks)
+        self.num_blocks = self.storage.num_blocks
+        self._model: Decoder | CompiledModel | CompiledShard | LeadingModel = self._decoder
+        if announcer is not None:
+            self._model = LeadingModel(self._decoder, announcer, self.spec.vocab_size)
         self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
         self._graphs: DecodeGraphs | None = None
         log.info(
@@ -129,7 +128,7 @@ class Engine:
     @property
     def kernels(self) -> str:
         """The implementation that forward passes run on, for people to read."""
-        if runs_compiled_decoder(self.device) and not isinstance(self._decoder, CompiledModel):
+        if runs_compiled_decoder(self.device) and isinstance(self._decoder, Decoder):
             return REFERENCE.name
         return implementation(self.device)
 
@@ -143,7 +142,10 @@ class Engine:
         """Replay decode iterations from CUDA graphs from now on; launch them one kernel after the
         other, as before, where that cannot be. Without CUDA nothing is captured."""
         decoder = self._decoder
-        if isinstance(decoder, CompiledModel) or not self.kernels.startswith("Triton"):
+        if not isinstance(decoder, Decoder) or not self.kernels.startswith("Triton"):
+            return
+        if isinstance(self._model, LeadingModel):
+            log.info("decode iterations run without CUDA graphs: the worker has several ranks")
             return
         from tandem.engine.decode_graphs import DecodeGraphs  # needs the triton package
 
@@ -194,7 +196,7 @@ class Engine:
             for chunk in plan.chunks
             for token_id in chunk.sequence.token_ids[chunk.start : chunk.end]
         ]
-        hidden = self._decoder.forward(
+        hidden = self._model.forward(
             torch.tensor(token_ids, device=self.device),
             batch,
             self.storage,
@@ -245,7 +247,7 @@ class Engine:
                 row += len(entry.prompt)
         sampling = [entry.chunk.sequence for entry in wanted if entry.samples]
         if sampling:
-            tokens = self._sampler.sample(self._decoder.logits(hidden[row:]), sampling)
+            tokens = self._sampler.sample(self._model.logits(hidden[row:]), sampling)
             output.tokens.update(zip(sampling, tokens, strict=True))
         return output
 
@@ -256,20 +258,65 @@ class Engine:
         for states in torch.split(hidden, _LOGPROB_ROWS):
             start = chunk.start + 1 + len(result)
             chosen = seq.token_ids[start : start + len(states)]
-            logits = self._decoder.logits(states)
+            logits = self._model.logits(states)
             result.extend(position_logprobs(logits, chosen, [count] * len(chosen)))
         return result
 
 
+def load_follower(
+    model_dir: Path,
+    model: ModelConfig,
+    cache: CacheConfig,
+    device: str,
+    ranks: RankGroup,
+    progress: Progress | None = None,
+) -> Follower:
+    """Load what a rank other than 0 needs. Raises as `Engine` does."""
+    spec, place = load_spec(model_dir, model, device), torch.device(device)
+    decoder = _load_decoder(Checkpoint(model_dir, progress), spec, place, (), ranks)
+    return Follower(decoder, _make_storage(cache, spec, place, ranks))
+
+
 def _load_decoder(
-    loader: Loader, config: DecoderConfig, layer_groups: tuple[tuple[int, int], ...]
-) -> Decoder | CompiledModel:
-    """Load the decoder in the form that the kernels of its device want."""
-    if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
+    source: WeightSource,
+    spec: ModelSpec,
+    device: torch.device,
+    layer_groups: tuple[tuple[int, int], ...],
+    ranks: RankGroup,
+) -> Decoder | CompiledModel | CompiledShard:
+    """Load the decoder, or a rank's part of it, in the form that the kernels of its device want."""
+    shard, whole = ranks.shard, spec.decoder
+    config = shard.config(whole)
+    compiled = runs_compiled_decoder(device) and can_compile(config, spec.torch_dtype)
+    sharded = source if shard.size == 1 else ShardedWeights(source, shard, whole)
+    with sharded as weights:
+        loader = Loader(weights, spec.torch_dtype, device)
+        if not compiled:
+            return Decoder.load(loader, config, ranks)
+        if shard.size > 1:
+            return CompiledShard.load(loader, config, ranks)
         return CompiledModel.load(
             loader, config, [first + count - 1 for first, count in layer_groups]
         )
-    return Decoder.load(loader, config)
+
+
+def _make_storage(
+    cache: CacheConfig, spec: ModelSpec, device: torch.device, ranks: RankGroup
+) -> KVStorage:
+    """The KV blocks of a rank; every rank of a worker has as many."""
+    config = ranks.shard.config(spec.decoder)
+    storage = KVStorage(
+        num_layers=spec.num_layers,
+        num_blocks=ranks.smallest(_num_blocks(cache, spec, config.num_kv_heads)),
+        block_size=cache.block_size,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.torch_dtype,
+        device=device,
+    )
+    if runs_compiled_decoder(device):
+        prefer_huge_pages(storage.kv)
+    return storage
 
 
 def _layer_groups(num_layers: int, layers_per_group: int) -> tuple[tuple[int, int], ...]:
@@ -286,13 +333,11 @@ def _wanted_rows(chunk: ScheduledChunk, first_row: int) -> _Rows:
     return _Rows(chunk, range(first_row, first_row + count), chunk.samples)
 
 
-def _num_blocks(cache: CacheConfig, spec: ModelSpec) -> int:
+def _num_blocks(cache: CacheConfig, spec: ModelSpec, num_kv_heads: int) -> int:
     """Return the configured number of blocks, or as many as `memory_bytes` holds."""
     if cache.num_blocks:
         return cache.num_blocks
-    token_bytes = bytes_per_token(
-        spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.torch_dtype
-    )
+    token_bytes = bytes_per_token(spec.num_layers, num_kv_heads, spec.head_dim, spec.torch_dtype)
     num_blocks = cache.memory_bytes // (token_bytes * cache.block_size)
     if num_blocks < 1:
         raise ConfigError(

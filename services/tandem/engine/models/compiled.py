@@ -44,7 +44,7 @@ class CompiledModel:
         head = embedding if config.tied_embeddings else matrix("lm_head.weight")
         model = cpu.PackedModel(
             layers=[
-                _pack_layer(context, Layer.load(loader, index, config))
+                pack_layer(context, Layer.load(loader, index, config))
                 for index in range(config.num_layers)
             ],
             embedding=embedding,
@@ -93,7 +93,9 @@ def can_compile(config: DecoderConfig, dtype: torch.dtype) -> bool:
     return cpu.is_supported(dtype) and fits and config.head_dim <= cpu.MOST_HEAD_DIM
 
 
-def _pack_layer(context: cpu.Context, layer: Layer) -> cpu.PackedLayer:
+def pack_layer(context: cpu.Context, layer: Layer) -> cpu.PackedLayer:
+    """Pack the matrices of one layer."""
+
     def packed(
         linear: Linear,
         pack: Callable[[cpu.Context, Tensor, Tensor | None], cpu.PackedLinear] = cpu.pack_linear,
