@@ -23,7 +23,8 @@ from tandem.engine import Engine, load_spec
 from tandem.engine.engine import load_follower
 from tandem.engine.parallel.follower import Follower
 from tandem.engine.parallel.group import ProcessRanks, open_ranks
-from tandem.engine.parallel.shard import Shard, allowed_degrees, check_degree, kv_heads_of
+from tandem.engine.parallel.shard import Shard, allowed_degrees, check_degree
+from tandem.kvcache.heads import heads_of
 from tandem_kernels import RaggedBatch
 
 CACHE = CacheConfig(block_size=4, num_blocks=256)
@@ -206,6 +207,6 @@ def test_degrees_that_do_not_divide_are_refused_by_name(tiny_model: TinyModel) -
 def test_query_heads_find_their_kv_head_on_their_own_rank(size: int, kv_heads: int) -> None:
     heads = 8
     for rank in range(size):
-        first, count = kv_heads_of(rank, size, kv_heads)
+        first, count = heads_of(rank, size, kv_heads)
         mine = range(rank * heads // size, (rank + 1) * heads // size)
         assert {head * kv_heads // heads for head in mine} == set(range(first, first + count))

@@ -29,6 +29,7 @@ from tandem.wire import (
     position_logprobs_to_proto,
     request_from_submit,
 )
+from tandem.worker.ranks import RankAddress
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 
 log = structlog.get_logger(__name__)
@@ -47,6 +48,11 @@ class DecodeWorker:
         self._by_sequence: dict[Sequence, ActiveRequest] = {}
         self._sessions: set[GatewaySession] = set()
         self._arrivals = itertools.count()
+
+    @property
+    def rank_address(self) -> RankAddress | None:
+        """Where the worker's other ranks join; None if it has only one."""
+        return self._runtime.rank_address
 
     def start(self) -> WorkerEndpoint:
         """Load, warm up and serve. Raises `ModelLoadError`."""

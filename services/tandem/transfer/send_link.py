@@ -47,7 +47,7 @@ class SendLink:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._buffer = PieceBuffer(context.blocks, context.spec)
+        self._buffer = PieceBuffer(context.blocks)
         self._ledger = SendLedger()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None

@@ -356,18 +356,24 @@ class PeerMet(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     KV_SPEC_FIELD_NUMBER: _builtins.int
+    OUR_SPEC_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     @_builtins.property
-    def kv_spec(self) -> _worker_pb2.KVSpec: ...
+    def kv_spec(self) -> _worker_pb2.KVSpec:
+        """the peer's"""
+
+    @_builtins.property
+    def our_spec(self) -> _worker_pb2.KVSpec: ...
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         kv_spec: _worker_pb2.KVSpec | None = ...,
+        our_spec: _worker_pb2.KVSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "our_spec", b"our_spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "name", b"name", "our_spec", b"our_spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -455,7 +461,7 @@ Global___StopStep: _TypeAlias = StopStep  # noqa: Y015
 
 @_typing.final
 class LinkReport(_message.Message):
-    """What a rank's links have to say. `peer_rank` is the rank of the peer at the link's other end."""
+    """What a rank's links have to say."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -483,7 +489,6 @@ class PieceLanded(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PEER_FIELD_NUMBER: _builtins.int
-    PEER_RANK_FIELD_NUMBER: _builtins.int
     LEG_ID_FIELD_NUMBER: _builtins.int
     FIRST_LAYER_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
@@ -492,7 +497,6 @@ class PieceLanded(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     peer: _builtins.int
-    peer_rank: _builtins.int
     leg_id: _builtins.int
     first_layer: _builtins.int
     num_layers: _builtins.int
@@ -504,7 +508,6 @@ class PieceLanded(_message.Message):
         self,
         *,
         peer: _builtins.int = ...,
-        peer_rank: _builtins.int = ...,
         leg_id: _builtins.int = ...,
         first_layer: _builtins.int = ...,
         num_layers: _builtins.int = ...,
@@ -515,7 +518,7 @@ class PieceLanded(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_layer", b"first_layer", "leg_id", b"leg_id", "num_bytes", b"num_bytes", "num_layers", b"num_layers", "num_tokens", b"num_tokens", "peer", b"peer", "peer_rank", b"peer_rank", "seconds", b"seconds", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_layer", b"first_layer", "leg_id", b"leg_id", "num_bytes", b"num_bytes", "num_layers", b"num_layers", "num_tokens", b"num_tokens", "peer", b"peer", "seconds", b"seconds", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -526,24 +529,21 @@ class SendsClosed(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PEER_FIELD_NUMBER: _builtins.int
-    PEER_RANK_FIELD_NUMBER: _builtins.int
     LEG_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     peer: _builtins.int
-    peer_rank: _builtins.int
     leg_id: _builtins.int
     error: _builtins.str
     def __init__(
         self,
         *,
         peer: _builtins.int = ...,
-        peer_rank: _builtins.int = ...,
         leg_id: _builtins.int = ...,
         error: _builtins.str | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "error", b"error", "leg_id", b"leg_id", "peer", b"peer", "peer_rank", b"peer_rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "error", b"error", "leg_id", b"leg_id", "peer", b"peer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
     _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015
@@ -556,21 +556,18 @@ class ReceivesClosed(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PEER_FIELD_NUMBER: _builtins.int
-    PEER_RANK_FIELD_NUMBER: _builtins.int
     LEG_ID_FIELD_NUMBER: _builtins.int
     peer: _builtins.int
-    peer_rank: _builtins.int
     leg_id: _builtins.int
     def __init__(
         self,
         *,
         peer: _builtins.int = ...,
-        peer_rank: _builtins.int = ...,
         leg_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id", "peer", b"peer", "peer_rank", b"peer_rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id", "peer", b"peer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -581,11 +578,9 @@ class LinkFailed(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PEER_FIELD_NUMBER: _builtins.int
-    PEER_RANK_FIELD_NUMBER: _builtins.int
     LEG_IDS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     peer: _builtins.int
-    peer_rank: _builtins.int
     reason: _builtins.str
     @_builtins.property
     def leg_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -593,13 +588,12 @@ class LinkFailed(_message.Message):
         self,
         *,
         peer: _builtins.int = ...,
-        peer_rank: _builtins.int = ...,
         leg_ids: _abc.Iterable[_builtins.int] | None = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_ids", b"leg_ids", "peer", b"peer", "peer_rank", b"peer_rank", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_ids", b"leg_ids", "peer", b"peer", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from tandem.core.errors import ConfigError
 from tandem.engine.models.config import DecoderConfig
 from tandem.engine.weights import Part
+from tandem.kvcache.heads import heads_of
 
 _BY_OUTPUT = ("q_proj", "gate_proj", "up_proj")
 _BY_KV_HEAD = ("k_proj", "v_proj")
@@ -45,7 +46,7 @@ class Shard:
                 rows = whole.intermediate_size
             return self._equal(0, rows)
         if projection in _BY_KV_HEAD:
-            first, count = kv_heads_of(self.rank, self.size, whole.num_kv_heads)
+            first, count = heads_of(self.rank, self.size, whole.num_kv_heads)
             total = whole.num_kv_heads * whole.head_dim
             return Part(0, first * whole.head_dim, count * whole.head_dim, total)
         if projection in _BY_INPUT and kind == "weight":
@@ -68,11 +69,6 @@ class Shard:
     def _equal(self, dimension: int, total: int) -> Part:
         length = total // self.size
         return Part(dimension, self.rank * length, length, total)
-
-
-def kv_heads_of(rank: int, size: int, num_kv_heads: int) -> tuple[int, int]:
-    """Return the first KV head that a rank holds, and how many."""
-    return rank * num_kv_heads // size, max(1, num_kv_heads // size)
 
 
 def allowed_degrees(config: DecoderConfig) -> tuple[int, ...]:
