@@ -104,12 +104,11 @@ async def test_a_prefill_worker_fetches_over_unequal_degrees_what_a_dead_one_del
     ):
         expected = await generate(dispatcher, "undisturbed", prompt)
         delivered = await cluster.metric("decode-0", "tandem_worker_kv_bytes_total")
+        enough = delivered * 1.2
         before = await cluster.metric("prefill-0", "tandem_worker_tokens_total")
         running = asyncio.create_task(generate(dispatcher, "killed", prompt))
         async with asyncio.timeout(30):
-            while (
-                await cluster.metric("decode-0", "tandem_worker_kv_bytes_total") < delivered * 1.2
-            ):
+            while await cluster.metric("decode-0", "tandem_worker_kv_bytes_total") < enough:
                 pass
         moved = await cluster.metric("prefill-0", "tandem_worker_tokens_total") != before
         victim, heir = ("prefill-0", "prefill-1") if moved else ("prefill-1", "prefill-0")

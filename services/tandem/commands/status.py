@@ -89,6 +89,7 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "iterations": worker.iterations,
         "policy": worker.policy,
         "kernels": worker.kernels,
+        "tensor_parallel": worker.tensor_parallel,
         "restarts": worker.restarts,
         "detail": worker.detail,
     }
@@ -126,13 +127,19 @@ def _row(worker: cluster_pb2.WorkerStatus) -> list[str | Text]:
         role_name(worker),
         Text(state, style=STATE_STYLES.get(state, "")),
         str(worker.pid or "-"),
-        worker.device or "-",
+        _device(worker),
         str(worker.running),
         str(worker.waiting),
         f"{worker.blocks_used}/{worker.blocks_cached}/{worker.blocks_total}",
         str(worker.links),
         f"{worker.tokens_per_second:.1f}",
     ]
+
+
+def _device(worker: cluster_pb2.WorkerStatus) -> str:
+    """Where it runs, and over how many ranks if there are several."""
+    several = worker.tensor_parallel > 1
+    return f"{worker.device} tp {worker.tensor_parallel}" if several else worker.device or "-"
 
 
 def _note(worker: cluster_pb2.WorkerStatus, *, many_nodes: bool) -> Text:
