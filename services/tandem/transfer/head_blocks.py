@@ -39,11 +39,10 @@ class HeadBlocks:
     ) -> torch.Tensor:
         """Gather slots into a contiguous [num_layers, 2, n, heads, head_dim]."""
         units = self._units_of(slots)
-        shape = (num_layers, 2, len(slots), *self.kv.shape[-2:])
-        packed = (
-            None if out is None else out.view(num_layers, 2, len(units), *self._small.shape[4:])
-        )
-        return kv_pack(self._small, first_layer, num_layers, units, packed).view(shape)
+        if out is not None:
+            out = out.view(num_layers, 2, len(units), *self._small.shape[4:])
+        packed = kv_pack(self._small, first_layer, num_layers, units, out)
+        return packed.view(num_layers, 2, len(slots), *self.kv.shape[-2:])
 
     def unpack(
         self, first_layer: int, num_layers: int, slots: torch.Tensor, staging: torch.Tensor
