@@ -94,3 +94,16 @@ def test_nothing_is_left(serve: ServeProcess) -> None:
     serve.process.send_signal(signal.SIGINT)
     assert serve.process.wait(60) == 0
     serve.assert_nothing_is_left()
+
+
+def test_a_degree_that_does_not_divide_is_refused_by_name(tmp_path: Path, tiny_llama: Path) -> None:
+    flags = ("--decode-tensor-parallel", "3", "--no-dashboard")
+    served = ServeProcess(tmp_path / "log", "--model", str(tiny_llama), *flags)
+    try:
+        assert served.process.wait(timeout=90) == 1
+    finally:
+        served.end()
+    assert served.printed.splitlines()[-1] == (
+        "error: decode.tensor_parallel is 3; allowed for this model: 1, 2, 4 "
+        "(4 heads do not divide by 3)"
+    )

@@ -146,6 +146,25 @@ async def test_a_lost_rank_is_a_lost_worker_and_changes_no_output(
         assert await run_all(dispatcher, "after", prompts) == expected
 
 
+async def test_a_short_freeze_of_rank_0_is_survived_by_its_other_ranks(
+    make_config: MakeConfig, connect: Connect
+) -> None:
+    prompts = make_prompts(10)
+    async with (
+        local_cluster(make_config(**degrees(2, 2)), prefill=2, decode=2) as cluster,
+        connect(cluster) as dispatcher,
+    ):
+        expected, seconds = await timed(run_all(dispatcher, "undisturbed", prompts))
+        for victim in ("decode-0", "prefill-0"):
+            running = asyncio.create_task(run_all(dispatcher, victim, prompts))
+            await asyncio.sleep(0.2 * seconds)
+            cluster.workers[victim].signal(signal.SIGSTOP)
+            assert await asyncio.wait_for(running, 90) == expected
+            cluster.workers[victim].signal(signal.SIGCONT)
+            await cluster.assert_all_free()
+            assert await run_all(dispatcher, f"after-{victim}", prompts) == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 async def test_no_rank_outlives_rank_0(
     number: signal.Signals, make_config: MakeConfig, connect: Connect

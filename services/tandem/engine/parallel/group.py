@@ -7,6 +7,7 @@ on which other rows share its batch. Any error is final: the worker ends.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
@@ -138,6 +139,9 @@ def open_ranks(
     """
     try:
         if device.type == "cuda":
+            # Torch's watchdog would end the process in its own way; rank 0 watches the ranks.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
             options = dist.ProcessGroupNCCL.Options()
             group = dist.ProcessGroupNCCL(store, shard.rank, shard.size, options)
         else:
