@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-triton lint format proto bench bench-gateway bench-micro bench-gpu fuzz-kernels bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-gateway bench-micro bench-startup bench-gpu fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,6 +62,9 @@ bench-gpu: $(STAMP)  ## check and measure everything that needs a GPU; see docs/
 
 bench-micro: $(STAMP)  ## every CPU kernel against its bound, and the engine against the reference
 	@$(BIN)/python -m benchmarks.micro $(ARGS)
+
+bench-startup: $(STAMP)  ## where the time goes from `tandem serve` to the first answer
+	@$(BIN)/python -m benchmarks.startup $(ARGS)
 
 fuzz-kernels: $(STAMP)  ## random calls of the C++ kernels under AddressSanitizer (CASES=500 SEED=1)
 	@TANDEM_FUZZ_CASES=$(or $(CASES),500) TANDEM_FUZZ_SEED=$(or $(SEED),1) \

@@ -67,7 +67,7 @@ def running_cluster(config: TandemConfig) -> Iterator[RunningCluster]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env=serve_environment(),
                 start_new_session=True,
             )
         try:
@@ -82,11 +82,11 @@ def running_cluster(config: TandemConfig) -> Iterator[RunningCluster]:
                 start_seconds=time.monotonic() - started,
             )
         finally:
-            _stop(process)
+            stop_cluster(process)
 
 
 def _with_free_ports(config: TandemConfig) -> TandemConfig:
-    ports = _free_ports(3)
+    ports = free_ports(3)
     gateway = config.gateway.model_copy(
         update={"host": HOST, "port": ports[0], "grpc_port": ports[1]}
     )
@@ -96,7 +96,8 @@ def _with_free_ports(config: TandemConfig) -> TandemConfig:
     return config.model_copy(update={"gateway": gateway, "controller": controller})
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in sockets:
@@ -104,7 +105,7 @@ def _free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in sockets]
 
 
-def _environment() -> dict[str, str]:
+def serve_environment() -> dict[str, str]:
     """Ours, without what would change the configuration or join another Ray cluster."""
     return {
         name: value
@@ -149,7 +150,7 @@ def _workers(config: TandemConfig) -> list[cluster_pb2.WorkerStatus]:
         return []  # not yet
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop_cluster(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     """Interrupt the cluster and wait; kill what is left of it after `STOP_TIMEOUT`."""
     children = []
     with contextlib.suppress(psutil.NoSuchProcess):

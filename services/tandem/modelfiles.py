@@ -5,6 +5,7 @@ Shared by the engine, which runs the model, and the gateway, which only needs it
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,18 @@ def read_json(directory: Path, name: str, *, required: bool = True) -> dict[str,
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def model_revision(directory: Path) -> str:
+    """Return a digest that changes when a file of a model directory is added, removed or replaced.
+
+    Reads names, sizes and times of change, no contents.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _download(model_id: str) -> Path:

@@ -39,7 +39,7 @@ def test_the_environment_changes_nothing_of_the_configuration(
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
-    environment = launch._environment()
+    environment = launch.serve_environment()
 
     assert "TANDEM_WORKER__THREADS" not in environment
     assert "RAY_ADDRESS" not in environment

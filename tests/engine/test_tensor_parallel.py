@@ -20,7 +20,7 @@ from tandem.core.errors import ConfigError, UnavailableError
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.engine import Engine, load_spec
-from tandem.engine.engine import load_follower
+from tandem.engine.load import load_model
 from tandem.engine.parallel.follower import Follower
 from tandem.engine.parallel.group import ProcessRanks, open_ranks
 from tandem.engine.parallel.shard import Shard, allowed_degrees, check_degree
@@ -88,7 +88,9 @@ class ThreadRanks:
         try:
             ranks = meet(store, shard)
             model = ModelConfig(path=str(directory), dtype=dtype)  # type: ignore[arg-type]
-            follower = load_follower(directory, model, CACHE, "cpu", ranks)
+            spec, device = load_spec(directory, model), torch.device("cpu")
+            loaded = load_model(directory, model, CACHE, spec, device, ranks=ranks)
+            follower = Follower(loaded.decoder, loaded.storage)
             while (step := steps.get()) is not None:
                 step(follower)
         except Exception as error:

@@ -190,13 +190,6 @@ def test_without_prefix_cache_nothing_is_kept() -> None:
     pool.check_integrity()
 
 
-def test_lookups_are_counted_in_tokens() -> None:
-    pool = BlockPool(4, 2)
-    pool.record_lookup(10, 4)
-    pool.record_lookup(6, 0)
-    assert (pool.prefix_queries, pool.prefix_hits) == (16, 4)
-
-
 def test_integrity_check_names_every_violation() -> None:
     pool = BlockPool(4, 1)
     cached_chain(pool, [1, 2])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -54,3 +57,19 @@ def test_bytes_per_token_is_what_the_tensor_takes() -> None:
     for dtype in (torch.float32, torch.float16):
         storage = make_storage(dtype=dtype)
         assert storage.bytes_per_token * 6 * 4 == storage.kv.nbytes
+
+
+def test_blocks_that_nobody_wrote_are_zero_and_take_no_memory() -> None:
+    before = resident_bytes()
+    storage = KVStorage(4, 2**16, 16, 4, 64, torch.bfloat16, "cpu")
+    assert storage.kv.nbytes == 4 * 2**30
+    assert not storage.kv[-1, -1, -1].any()
+    assert resident_bytes() - before < 2**30
+    storage.kv[-1, -1, -1].fill_(1)
+    assert bool(storage.kv[-1, -1, -1].eq(1).all())
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

@@ -222,7 +222,6 @@ def test_prefix_of_a_finished_prompt_is_not_computed_again() -> None:
     assert user.num_cached == 16
     assert lengths(plan) == {0: 1, 1: 2}
     assert user.block_table[:4] == maker.block_table[:4]
-    assert (scheduler.pool.prefix_queries, scheduler.pool.prefix_hits) == (36, 16)
 
 
 def test_at_least_one_token_is_computed_even_when_everything_is_cached() -> None:

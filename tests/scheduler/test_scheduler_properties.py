@@ -108,6 +108,8 @@ class Worker:
         for leg in [leg for leg, (_, until) in self.legs.items() if until <= self.now]:
             self.scheduler.pool.release_transfer(self.legs.pop(leg)[0], leg)
         self.scheduler.pool.check_integrity()
+        size, sequences = self.scheduler.pool.block_size, self.scheduler.num_running
+        assert self.scheduler.num_unused_slots <= sequences * (size - 1)
         return plan
 
     def check_plan(self, plan: IterationPlan) -> None:

@@ -129,7 +129,14 @@ def run_gateway(config: TandemConfig, controller: str, index: int = 0) -> None:
     dispatcher = Dispatcher(config.gateway, controller, metrics)
     targets = ClusterMetricsTargets(controller, _gateway_targets(config.gateway))
     port = own_port(config.gateway, index)
-    GatewayServer(config.gateway, dispatcher, metrics, targets=targets, own_port=port).run()
+    GatewayServer(
+        config.gateway,
+        dispatcher,
+        metrics,
+        targets=targets,
+        own_port=port,
+        scheduler=config.scheduler,
+    ).run()
 
 
 def _gateway_targets(config: GatewayConfig) -> list[MetricsTarget]:

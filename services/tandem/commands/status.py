@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from typing import Annotated
 
 import grpc
@@ -90,6 +91,7 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "policy": worker.policy,
         "kernels": worker.kernels,
         "tensor_parallel": worker.tensor_parallel,
+        "kv_capacity": worker.kv_capacity,
         "restarts": worker.restarts,
         "detail": worker.detail,
     }
@@ -114,6 +116,7 @@ def render(cluster: cluster_pb2.ClusterStatus) -> RenderableType:
     kernels = sorted({worker.kernels for worker in cluster.workers if worker.kernels})
     legend = ", ".join([*(f"kernels {name}" for name in kernels), "blocks used/cached/total"])
     lines: list[RenderableType] = [Text(", ".join(facts)), Text(legend, style="dim"), table]
+    lines += [_capacity(capacity, cluster.workers) for capacity in _capacities(cluster)]
     lines += [_note(worker, many_nodes=len(nodes) > 1) for worker in cluster.workers]
     if cluster.dashboard:
         lines.append(Text(f"dashboard {cluster.dashboard}", style="dim"))
@@ -140,6 +143,16 @@ def _device(worker: cluster_pb2.WorkerStatus) -> str:
     """Where it runs, and over how many ranks if there are several."""
     several = worker.tensor_parallel > 1
     return f"{worker.device} tp {worker.tensor_parallel}" if several else worker.device or "-"
+
+
+def _capacities(cluster: cluster_pb2.ClusterStatus) -> list[str]:
+    return sorted({worker.kv_capacity for worker in cluster.workers if worker.kv_capacity})
+
+
+def _capacity(capacity: str, workers: Iterable[cluster_pb2.WorkerStatus]) -> Text:
+    """KV blocks, and which workers have that many."""
+    names = ", ".join(worker.name for worker in workers if worker.kv_capacity == capacity)
+    return Text(f"KV of {names}: {capacity}", style="dim")
 
 
 def _note(worker: cluster_pb2.WorkerStatus, *, many_nodes: bool) -> Text:

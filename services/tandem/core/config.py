@@ -28,15 +28,30 @@ class ModelConfig(_Frozen):
     served_name: str = Field("", description="name that clients use; empty: last part of the path")
     dtype: DType = Field("auto", description="auto: float32 on CPU, the checkpoint's own on CUDA")
     max_model_len: int = Field(0, ge=0, description="context in tokens; 0: the model's own")
+    packed_cache: str = Field(
+        "",
+        description="directory where CPU workers keep packed weights for the next start; "
+        "empty: tandem/packed in the user's cache directory; off: nowhere",
+    )
+    packed_cache_bytes: int = Field(
+        64 * 2**30, ge=0, description="bound of packed_cache; the longest unused go first"
+    )
 
 
 class CacheConfig(_Frozen):
     """The KV blocks of one worker."""
 
     block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
-    num_blocks: int = Field(0, ge=0, description="KV blocks per worker; 0: from memory_bytes")
+    num_blocks: int = Field(0, ge=0, description="KV blocks per worker; 0: from memory")
     memory_bytes: int = Field(
-        256 * 2**20, ge=2**20, description="bytes of KV per worker when num_blocks is 0"
+        0, ge=0, description="bytes of KV per worker when num_blocks is 0; 0: from free memory"
+    )
+    memory_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of free memory that the KV of this machine's workers may take; "
+        "0: 0.85 on CUDA, 0.5 on CPU",
     )
     prefix_cache: bool = Field(True, description="keep the blocks of finished prompts for reuse")
 
@@ -196,6 +211,13 @@ class GatewayConfig(_Frozen):
     no_worker_timeout: Seconds = Field(
         120.0, description="seconds a request in flight waits for a decode worker to come back"
     )
+    api_keys_file: str = Field(
+        "", description="YAML file that maps API keys to tenants (`key: tenant`); empty: none"
+    )
+    response_cache_bytes: int = Field(
+        0, ge=0, description="answers to reproducible requests that are kept; 0: none are"
+    )
+    response_cache_ttl: Seconds = Field(300.0, description="seconds for which they are good")
     router: RouterConfig = RouterConfig()
 
 

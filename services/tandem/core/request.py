@@ -33,6 +33,9 @@ class Request:
     """Seconds to the first token that the client wants; 0: what the configuration says."""
     itl_objective: float = 0.0
     """Seconds between tokens that the client wants; 0: what the configuration says."""
+    reproducible: bool = False
+    """Greedy, or with a seed of the client's own: asked again, it gets the same tokens. Known to
+    the gateway only."""
 
     @property
     def max_len(self) -> int:

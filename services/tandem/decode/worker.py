@@ -221,9 +221,8 @@ class DecodeWorker:
         return config.disaggregated and sequence.num_tokens - have > config.local_prefill_max_tokens
 
     def _admitted(self, active: ActiveRequest) -> None:
-        sequence, metrics = active.sequence, self._runtime.metrics
-        metrics.queried_tokens.inc(sequence.num_tokens)
-        metrics.cached_tokens.inc(sequence.num_cached)
+        sequence = active.sequence
+        self._runtime.count_prefix_lookup(sequence)
         if sequence.remote:
             self._handoff.admitted(active)
         if active.leg is None:  # prefilled here

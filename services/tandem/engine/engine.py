@@ -17,25 +17,21 @@ import torch
 from torch import Tensor
 
 from tandem.core.config import CacheConfig, ModelConfig
-from tandem.core.errors import ConfigError
 from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
+from tandem.engine.kv_capacity import Neighbours
+from tandem.engine.load import load_model
 from tandem.engine.logprobs import position_logprobs
-from tandem.engine.models.compiled import CompiledModel, can_compile
+from tandem.engine.models.compiled import CompiledModel
 from tandem.engine.models.decoder import Decoder
-from tandem.engine.models.layers import Loader
 from tandem.engine.parallel.compiled import CompiledShard
-from tandem.engine.parallel.follower import Follower
-from tandem.engine.parallel.group import ALONE, RankGroup
+from tandem.engine.parallel.group import ALONE
 from tandem.engine.parallel.leader import Announcer, LeadingModel
-from tandem.engine.parallel.weights import ShardedWeights
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.warm_up import warm_up
-from tandem.engine.weights import Checkpoint, Progress, WeightSource
-from tandem.kvcache.storage import KVStorage, bytes_per_token
+from tandem.engine.weights import Progress, WeightSource
 from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
-from tandem_kernels.cpu import prefer_huge_pages
 
 if TYPE_CHECKING:
     from tandem.engine.decode_graphs import DecodeGraphs
@@ -92,11 +88,13 @@ class Engine:
         layers_per_group: int = 0,
         progress: Progress | None = None,
         weights: WeightSource | None = None,
+        neighbours: Neighbours | None = None,
         announcer: Announcer | None = None,
     ) -> None:
         """Load the weights, from the model directory's files if no other source is given.
-        `layers_per_group` 0 makes four groups of layers. With an `announcer` this is rank 0 of
-        several, and holds its part of the weights and of the KV heads.
+        `layers_per_group` 0 makes four groups of layers; `neighbours` is who shares the memory that
+        KV blocks are sized from. With an `announcer` this is rank 0 of several, and holds its part
+        of the weights and of the KV heads.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -105,11 +103,15 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        ranks = announcer.ranks if announcer is not None else ALONE
-        source = weights or Checkpoint(model_dir, progress)
-        self._decoder = _load_decoder(source, self.spec, self.device, self.layer_groups, ranks)
-        self.storage = _make_storage(cache, self.spec, self.device, ranks)
-        self.num_blocks = self.storage.num_blocks
+        loaded = load_model(
+            *(model_dir, model, cache, self.spec, self.device, self.layer_groups),
+            progress=progress,
+            weights=weights,
+            neighbours=neighbours,
+            ranks=ALONE if announcer is None else announcer.ranks,
+        )
+        self._decoder, self.storage, self.kv_capacity, load_seconds = loaded
+        self.num_blocks = self.kv_capacity.num_blocks
         self._model: Decoder | CompiledModel | CompiledShard | LeadingModel = self._decoder
         if announcer is not None:
             self._model = LeadingModel(self._decoder, announcer, self.spec.vocab_size)
@@ -122,7 +124,8 @@ class Engine:
             dtype=self.spec.dtype,
             device=str(self.device),
             kernels=self.kernels,
-            num_blocks=self.num_blocks,
+            load_seconds=round(load_seconds, 2),
+            kv_cache=str(self.kv_capacity),
         )
 
     @property
@@ -263,62 +266,6 @@ class Engine:
         return result
 
 
-def load_follower(
-    model_dir: Path,
-    model: ModelConfig,
-    cache: CacheConfig,
-    device: str,
-    ranks: RankGroup,
-    progress: Progress | None = None,
-) -> Follower:
-    """Load what a rank other than 0 needs. Raises as `Engine` does."""
-    spec, place = load_spec(model_dir, model, device), torch.device(device)
-    decoder = _load_decoder(Checkpoint(model_dir, progress), spec, place, (), ranks)
-    return Follower(decoder, _make_storage(cache, spec, place, ranks))
-
-
-def _load_decoder(
-    source: WeightSource,
-    spec: ModelSpec,
-    device: torch.device,
-    layer_groups: tuple[tuple[int, int], ...],
-    ranks: RankGroup,
-) -> Decoder | CompiledModel | CompiledShard:
-    """Load the decoder, or a rank's part of it, in the form that the kernels of its device want."""
-    shard, whole = ranks.shard, spec.decoder
-    config = shard.config(whole)
-    compiled = runs_compiled_decoder(device) and can_compile(config, spec.torch_dtype)
-    sharded = source if shard.size == 1 else ShardedWeights(source, shard, whole)
-    with sharded as weights:
-        loader = Loader(weights, spec.torch_dtype, device)
-        if not compiled:
-            return Decoder.load(loader, config, ranks)
-        if shard.size > 1:
-            return CompiledShard.load(loader, config, ranks)
-        return CompiledModel.load(
-            loader, config, [first + count - 1 for first, count in layer_groups]
-        )
-
-
-def _make_storage(
-    cache: CacheConfig, spec: ModelSpec, device: torch.device, ranks: RankGroup
-) -> KVStorage:
-    """The KV blocks of a rank; every rank of a worker has as many."""
-    config = ranks.shard.config(spec.decoder)
-    storage = KVStorage(
-        num_layers=spec.num_layers,
-        num_blocks=ranks.smallest(_num_blocks(cache, spec, config.num_kv_heads)),
-        block_size=cache.block_size,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=spec.torch_dtype,
-        device=device,
-    )
-    if runs_compiled_decoder(device):
-        prefer_huge_pages(storage.kv)
-    return storage
-
-
 def _layer_groups(num_layers: int, layers_per_group: int) -> tuple[tuple[int, int], ...]:
     """Return (first layer, number of layers) of each group; 0 per group makes four groups."""
     size = layers_per_group or -(-num_layers // _GROUPS_PER_ITERATION)
@@ -331,17 +278,3 @@ def _wanted_rows(chunk: ScheduledChunk, first_row: int) -> _Rows:
     if request.sampling.prompt_logprobs is not None:
         count = max(0, min(chunk.end, request.prompt_len - 1) - chunk.start)
     return _Rows(chunk, range(first_row, first_row + count), chunk.samples)
-
-
-def _num_blocks(cache: CacheConfig, spec: ModelSpec, num_kv_heads: int) -> int:
-    """Return the configured number of blocks, or as many as `memory_bytes` holds."""
-    if cache.num_blocks:
-        return cache.num_blocks
-    token_bytes = bytes_per_token(spec.num_layers, num_kv_heads, spec.head_dim, spec.torch_dtype)
-    num_blocks = cache.memory_bytes // (token_bytes * cache.block_size)
-    if num_blocks < 1:
-        raise ConfigError(
-            f"cache.memory_bytes is {cache.memory_bytes}; allowed: at least "
-            f"{token_bytes * cache.block_size}, one block of this model"
-        )
-    return num_blocks

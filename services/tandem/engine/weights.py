@@ -7,7 +7,10 @@ understand would run and answer wrongly. Knows names, shapes and bytes; not what
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -17,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tandem.core.errors import ModelLoadError
+from tandem.engine.memory import readable
 from tandem.modelfiles import read_json
 
 Progress = Callable[[str, float], None]
@@ -77,7 +81,8 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """The tensors of one model directory. A context manager: closes its files at the end."""
+    """The tensors of one model directory. A context manager: closes its files at the end. Several
+    threads may read at once."""
 
     def __init__(self, model_dir: Path, progress: Progress | None = None) -> None:
         self._model_dir = model_dir
@@ -87,7 +92,10 @@ class Checkpoint:
         for path, file in self._files.items():
             self._path_of.update(dict.fromkeys(file.keys(), path))
         self._unread = set(self._path_of)
-        self._total = max(1, len(self._unread))
+        self._elements = {name: self._count(name) for name in self._path_of}
+        self._lock = threading.Lock()
+        self._read = 0
+        self._started = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -129,9 +137,27 @@ class Checkpoint:
         else:
             wanted = slice(part.start, part.start + part.length)
             out.copy_(described[(slice(None),) * part.dimension + (wanted,)])
-        self._unread.discard(name)
-        if self._progress is not None:
-            self._progress("loading weights", 1.0 - len(self._unread) / self._total)
+        self._note(name, out.element_size())
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(self._elements.values())
+
+    def _count(self, name: str) -> int:
+        return prod(self._files[self._path_of[name]].get_slice(name).get_shape())
+
+    def _note(self, name: str, itemsize: int) -> None:
+        """Say how much has been read, in bytes as they are held."""
+        with self._lock:
+            if name in self._unread:
+                self._unread.discard(name)
+                self._read += self._elements[name]
+            total = max(1, self.num_elements)
+            if self._progress is not None:
+                amount = f"{readable(self._read * itemsize)} of {readable(total * itemsize)}"
+                seconds = time.monotonic() - self._started
+                self._progress(f"loading weights, {amount}, {seconds:.1f} s", self._read / total)
 
     def check_all_read(self, ignored: Sequence[str] = ()) -> None:
         """Raise `ModelLoadError` naming tensors that nothing asked for."""

@@ -24,6 +24,8 @@ class ModelInfo:
     max_model_len: int
     block_size: int
     vocab_size: int
+    prefix_cache: bool = True
+    """Whether workers keep the blocks of finished prompts."""
 
 
 @dataclass(frozen=True, slots=True)

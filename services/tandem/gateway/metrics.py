@@ -102,6 +102,14 @@ class GatewayMetrics:
             "Messages with an old incarnation or attempt that were dropped.",
             "kind",
         )
+        self._cache_lookups = self._counter(
+            "response_cache_lookups", "Requests that the response cache was asked for.", "result"
+        )
+        self._cache_bytes = Gauge(
+            "tandem_gateway_response_cache_bytes",
+            "About what the kept answers take.",
+            registry=self.registry,
+        )
 
     def _latency_metrics(self) -> None:
         self._ttft = self._histogram(
@@ -178,6 +186,14 @@ class GatewayMetrics:
     def recovered(self, cause: str) -> None:
         """Count a request that was moved to another worker."""
         self._recoveries.labels(cause).inc()
+
+    def response_cache_lookup(self, result: str) -> None:
+        """Count a request that could be answered from the response cache, `hit` or `miss`."""
+        self._cache_lookups.labels(result).inc()
+
+    def response_cache_holds(self, num_bytes: int) -> None:
+        """Say how much the response cache holds."""
+        self._cache_bytes.set(num_bytes)
 
     def stale_refused(self, kind: str) -> None:
         """Count a stale message."""

@@ -20,7 +20,7 @@ from tandem.core.errors import InvalidRequestError, TandemError, UnavailableErro
 from tandem.gateway.interfaces import Dispatcher, ModelInfo
 from tandem.gateway.text.chat_template import ChatTemplate, load_chat_template
 from tandem.gateway.text.tokenizer import Tokenizer, load_tokenizer
-from tandem.modelfiles import read_json
+from tandem.modelfiles import model_revision, read_json
 
 _DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 _POLL_SECONDS = 0.1
@@ -37,6 +37,8 @@ class ServedModel:
     chat_template: ChatTemplate | None
     defaults: Mapping[str, float]
     """From generation_config.json: what a request leaves open. See `_DEFAULT_FIELDS`."""
+    revision: str = ""
+    """Changes when a file of the model directory does."""
 
     def render_chat(
         self,
@@ -68,7 +70,8 @@ def load_served_model(info: ModelInfo) -> ServedModel:
         if isinstance(value := config.get(name), int | float) and not isinstance(value, bool)
     }
     template = load_chat_template(directory, tokenizer.named_tokens)
-    return ServedModel(info, tokenizer, template, MappingProxyType(defaults))
+    revision = model_revision(directory)
+    return ServedModel(info, tokenizer, template, MappingProxyType(defaults), revision)
 
 
 class ModelLoader:

@@ -7,7 +7,7 @@ that a stream that was resumed elsewhere reads the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tandem.core.request import FinishReason, PositionLogprobs
 from tandem.core.sampling import SamplingParams
@@ -39,6 +39,8 @@ class TextEvent(NamedTuple):
     stop_reason: str | int | None = None
     """The stop string or stop token id of the request that ended it; None for end of sequence."""
     usage: Usage | None = None
+    cache: Literal["hit", "miss"] | None = None
+    """In the first event, where there is a response cache: whether the answer came from it."""
 
 
 class OutputAssembler:

@@ -100,12 +100,28 @@ def check_account(tenant: str, ttft_objective: float, itl_objective: float) -> N
             )
 
 
-def check_priority_and_salt(priority: int, cache_salt: str) -> None:
-    """Raise `InvalidRequestError` for values that have no place on the wire."""
+def resolve_priority(priority: int | str, classes: Mapping[str, float]) -> int:
+    """Return the number of a priority that is given as a number or as the name of a class.
+
+    Raises `InvalidRequestError` for a name that is not configured and a number off the wire.
+    """
+    if isinstance(priority, str):
+        if priority not in classes:
+            names = ", ".join(classes)
+            raise InvalidRequestError(
+                f"priority must be a number or one of: {names}; got {priority!r}",
+                param="priority",
+            )
+        priority = math.ceil(classes[priority])
     if priority not in _INT32:
         raise InvalidRequestError(
             f"priority must be a signed 32-bit integer, got {priority}", param="priority"
         )
+    return priority
+
+
+def check_salt(cache_salt: str) -> None:
+    """Raise `InvalidRequestError` for a salt that is too long to be carried along."""
     if len(cache_salt) > MAX_CACHE_SALT_CHARACTERS:
         raise InvalidRequestError(
             f"cache_salt must be at most {MAX_CACHE_SALT_CHARACTERS} characters, "

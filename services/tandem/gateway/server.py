@@ -17,13 +17,16 @@ import structlog
 import uvicorn
 import uvloop
 
-from tandem.core.config import GatewayConfig
+from tandem.core.config import GatewayConfig, SchedulerConfig
 from tandem.core.errors import ConfigError
+from tandem.core.pairs import parse_pairs
 from tandem.gateway.grpc.server import GrpcEdge
 from tandem.gateway.http.app import create_app
 from tandem.gateway.interfaces import Dispatcher, MetricsTargets
 from tandem.gateway.metrics import GatewayMetrics
+from tandem.gateway.response_cache import ResponseCache
 from tandem.gateway.service import InferenceService
+from tandem.gateway.tenants import load_tenants
 
 GRACE_SECONDS = 30.0
 _BACKLOG = 2048
@@ -42,17 +45,20 @@ class GatewayServer:
         targets: MetricsTargets | None = None,
         grace_seconds: float = GRACE_SECONDS,
         own_port: int | None = None,
+        scheduler: SchedulerConfig | None = None,
     ) -> None:
         """`own_port`: answer there too, alone, where other gateways share the HTTP port.
+        `scheduler`: the workers' settings, for the names of its priority classes.
 
-        Needs a running event loop only from `start` on, if the dispatcher does not before.
+        Raises `ConfigError` if the file of API keys cannot be read. Needs a running event loop only
+        from `start` on, if the dispatcher does not before.
         """
         self._config = config
         self._grace = grace_seconds
         self._metrics = metrics
         self._targets = targets
         self._own_port = own_port
-        self.service = InferenceService(dispatcher, metrics)
+        self.service = make_service(config, dispatcher, metrics, scheduler or SchedulerConfig())
         self._grpc: GrpcEdge | None = None
         self._http: _HttpServer | None = None
         self._http_task: asyncio.Task[None] | None = None
@@ -151,6 +157,25 @@ class GatewayServer:
             backlog=_BACKLOG,
             timeout_graceful_shutdown=round(self._grace),
         )
+
+
+def make_service(
+    config: GatewayConfig,
+    dispatcher: Dispatcher,
+    metrics: GatewayMetrics,
+    scheduler: SchedulerConfig,
+) -> InferenceService:
+    """Return the service that a configuration asks for. Raises `ConfigError` as `load_tenants`."""
+    cache = None
+    if config.response_cache_bytes:
+        cache = ResponseCache(config.response_cache_bytes, config.response_cache_ttl, metrics)
+    return InferenceService(
+        dispatcher,
+        metrics,
+        cache=cache,
+        tenants=load_tenants(config.api_keys_file),
+        priority_classes=parse_pairs(scheduler.priority_classes),
+    )
 
 
 class _HttpServer(uvicorn.Server):

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from typing import Literal
 
 from tandem.core.errors import ModelNotFoundError, TandemError
 from tandem.core.request import Request
@@ -22,10 +23,13 @@ from tandem.gateway.output import OutputAssembler, TextEvent
 from tandem.gateway.params import (
     SamplingOptions,
     check_account,
-    check_priority_and_salt,
     check_prompt,
+    check_salt,
     complete_sampling,
+    resolve_priority,
 )
+from tandem.gateway.response_cache import ResponseCache, answer_key
+from tandem.gateway.tenants import Tenants
 
 _INLINE_CHARACTERS = 8192
 """Longer texts are tokenized in a thread, so that they do not hold up the streams."""
@@ -34,9 +38,21 @@ _INLINE_CHARACTERS = 8192
 class InferenceService:
     """What a gateway can do, for every edge alike."""
 
-    def __init__(self, dispatcher: Dispatcher, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        metrics: GatewayMetrics,
+        *,
+        cache: ResponseCache | None = None,
+        tenants: Tenants | None = None,
+        priority_classes: Mapping[str, float] | None = None,
+    ) -> None:
+        """`priority_classes`: names that a request may give for its priority."""
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._cache = cache
+        self._priority_classes = priority_classes or {}
+        self.tenants = tenants or Tenants()
         self._loader = ModelLoader(dispatcher)
         self._watch: asyncio.Task[None] | None = None
 
@@ -52,6 +68,11 @@ class InferenceService:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watch
         await self._dispatcher.close()
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether answers are kept, and each says whether it was."""
+        return self._cache is not None
 
     @property
     def ready(self) -> bool:
@@ -101,7 +122,7 @@ class InferenceService:
         *,
         prompt_field: str = "prompt",
         client_id: str = "",
-        priority: int = 0,
+        priority: int | str = 0,
         cache_salt: str = "",
         tenant: str = "",
         ttft_objective: float = 0.0,
@@ -112,7 +133,8 @@ class InferenceService:
         Its id is unique even if the client's own is not. Raises `InvalidRequestError`.
         """
         check_prompt(token_ids, prompt_field, model.info)
-        check_priority_and_salt(priority, cache_salt)
+        number = resolve_priority(priority, self._priority_classes)
+        check_salt(cache_salt)
         check_account(tenant, ttft_objective, itl_objective)
         sampling = complete_sampling(options, len(token_ids), model.info, model.defaults)
         suffix = secrets.token_hex(8)
@@ -121,14 +143,15 @@ class InferenceService:
             token_ids=token_ids,
             prompt_len=len(token_ids),
             sampling=sampling,
-            priority=priority,
+            priority=number,
             cache_salt=cache_salt,
             tenant=tenant,
             ttft_objective=ttft_objective,
             itl_objective=itl_objective,
+            reproducible=sampling.greedy or options.seed is not None,
         )
 
-    async def generate(
+    def generate(
         self, model: ServedModel, request: Request, arrival: float
     ) -> AsyncGenerator[TextEvent, None]:
         """Run a prepared request; the last event has a finish reason and the usage.
@@ -136,6 +159,20 @@ class InferenceService:
         `arrival` is the `time.perf_counter()` at which the request came in. Raises what the
         dispatcher raises.
         """
+        if self._cache is None:
+            return self._run(model, request, arrival)
+        if not request.reproducible:
+            return self._run(model, request, arrival, cache="miss")
+        key = answer_key(model, request)
+        return self._cache.stream(key, lambda: self._run(model, request, arrival))
+
+    async def _run(
+        self,
+        model: ServedModel,
+        request: Request,
+        arrival: float,
+        cache: Literal["miss"] | None = None,
+    ) -> AsyncGenerator[TextEvent, None]:
         assembler = OutputAssembler(model.tokenizer, request.sampling, request.prompt_len)
         first = last = 0.0
         async with aclosing(self._dispatcher.generate(request)) as outputs:
@@ -152,6 +189,8 @@ class InferenceService:
                     self._metrics.first_token(now - arrival)
                 last = now
                 event = assembler.feed(output)
+                if cache is not None:
+                    event, cache = event._replace(cache=cache), None
                 if event.usage is not None:
                     self._metrics.finished(
                         prompt_tokens=event.usage.prompt_tokens,

@@ -38,10 +38,6 @@ class BlockPool:
         self.prefix_cache = prefix_cache
         self.num_evictions = 0
         """Cached blocks given to another owner since the start."""
-        self.prefix_queries = 0
-        """Tokens of admitted sequences that were looked up in the prefix cache."""
-        self.prefix_hits = 0
-        """Those of them that were found."""
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._holders: dict[Owner, list[set[str]]] = {
@@ -146,11 +142,6 @@ class BlockPool:
         self._hash_of[block] = block_hash
         self._block_of[block_hash] = block
         self._parent_of[block] = parent
-
-    def record_lookup(self, queried_tokens: int, hit_tokens: int) -> None:
-        """Count one lookup of a sequence that was admitted, for the metrics."""
-        self.prefix_queries += queried_tokens
-        self.prefix_hits += hit_tokens
 
     # ------------------------------------------------------------------ reports
 

@@ -6,7 +6,9 @@ one operation. A slot is the place of one token: `block * block_size + offset`.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -33,11 +35,8 @@ class KVStorage:
         device: torch.device | str,
     ) -> None:
         # Zeros: masked keys count for nothing, but only if what is masked is a finite number.
-        self.kv = torch.zeros(
-            (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+        self.kv = _zeros(shape, dtype, torch.device(device))
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -79,6 +78,16 @@ class KVStorage:
         """Write a packed buffer, which may lie in host memory, into the slots."""
         staging = staging.to(self.device, non_blocking=True)
         kv_unpack(self.kv, first_layer, num_layers, slots, staging)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take no memory before they are first written: the kernel gives pages of
+    zeros, where torch would write them all, gigabytes at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=prod(shape)).view(shape)
 
 
 def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -212,8 +212,7 @@ class PrefillWorker:
         leg.started_at = time.monotonic()
         metrics = self._runtime.metrics
         metrics.observe_stage("queue", leg.started_at - leg.received_at)
-        metrics.queried_tokens.inc(sequence.num_tokens)
-        metrics.cached_tokens.inc(cached)
+        self._runtime.count_prefix_lookup(sequence)
         started = worker_pb2.PrefillStarted(
             leg_id=leg.leg_id, cached_tokens=cached, fetch_start=cached, fetch_end=max(cached, held)
         )

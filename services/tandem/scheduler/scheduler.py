@@ -70,6 +70,16 @@ class Scheduler:
         """Sequences that hold blocks: those that compute and those that receive."""
         return len(self.running) + len(self.receiving)
 
+    @property
+    def num_unused_slots(self) -> int:
+        """Slots of held blocks that neither a known token nor the next one of their sequence takes.
+
+        This is all the fragmentation that block tables leave: less than one block per sequence.
+        """
+        size = self.pool.block_size
+        held = (seq for queue in (self.running, self.receiving) for seq in queue)
+        return sum(max(0, len(seq.block_table) * size - seq.num_tokens - 1) for seq in held)
+
     def check_fits(self, request: Request) -> None:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
         check_fits(request, self.pool, self.max_model_len)
@@ -198,7 +208,6 @@ class Scheduler:
         self.pool.share(matched, holder)
         seq.block_table = matched + self.pool.allocate(missing, holder)
         seq.num_computed = seq.num_cached = len(matched) * self.pool.block_size
-        self.pool.record_lookup(seq.num_tokens, seq.num_cached)
         return True
 
     def _match_prefix(self, seq: Sequence) -> list[int]:

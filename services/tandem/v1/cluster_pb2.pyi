@@ -158,6 +158,7 @@ class ModelInfo(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    NO_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """as clients name it"""
     path: _builtins.str
@@ -165,6 +166,8 @@ class ModelInfo(_message.Message):
     max_model_len: _builtins.int
     block_size: _builtins.int
     vocab_size: _builtins.int
+    no_prefix_cache: _builtins.bool
+    """workers keep no block of a finished prompt"""
     def __init__(
         self,
         *,
@@ -173,10 +176,11 @@ class ModelInfo(_message.Message):
         max_model_len: _builtins.int = ...,
         block_size: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
+        no_prefix_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "max_model_len", b"max_model_len", "name", b"name", "path", b"path", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "max_model_len", b"max_model_len", "name", b"name", "no_prefix_cache", b"no_prefix_cache", "path", b"path", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -227,6 +231,7 @@ class WorkerStatus(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    KV_CAPACITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -256,6 +261,8 @@ class WorkerStatus(_message.Message):
     """implementation that its forward passes run on"""
     tensor_parallel: _builtins.int
     """its ranks"""
+    kv_capacity: _builtins.str
+    """blocks, tokens, bytes, and what they were derived from"""
     @_builtins.property
     def model_info(self) -> Global___ModelInfo: ...
     def __init__(
@@ -285,10 +292,11 @@ class WorkerStatus(_message.Message):
         policy: _builtins.str = ...,
         kernels: _builtins.str = ...,
         tensor_parallel: _builtins.int = ...,
+        kv_capacity: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model_info", b"model_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "kv_capacity", b"kv_capacity", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -231,6 +231,7 @@ class GenerateRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     TTFT_OBJECTIVE_FIELD_NUMBER: _builtins.int
     ITL_OBJECTIVE_FIELD_NUMBER: _builtins.int
+    PRIORITY_CLASS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """empty: the model that is served"""
     text: _builtins.str
@@ -246,6 +247,8 @@ class GenerateRequest(_message.Message):
     """seconds to the first token; 0: as configured"""
     itl_objective: _builtins.float
     """seconds between tokens; 0: as configured"""
+    priority_class: _builtins.str
+    """a configured name, in place of the number"""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -263,10 +266,11 @@ class GenerateRequest(_message.Message):
         tenant: _builtins.str = ...,
         ttft_objective: _builtins.float = ...,
         itl_objective: _builtins.float = ...,
+        priority_class: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "itl_objective", b"itl_objective", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids", "ttft_objective", b"ttft_objective"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "itl_objective", b"itl_objective", "model", b"model", "priority", b"priority", "priority_class", b"priority_class", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids", "ttft_objective", b"ttft_objective"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

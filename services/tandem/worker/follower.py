@@ -13,31 +13,29 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import structlog
 import torch
-import torch.distributed
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import TandemError
-from tandem.engine.engine import load_follower
+from tandem.engine.load import load_model
 from tandem.engine.parallel.follower import Follower, Numbers
-from tandem.engine.parallel.group import open_ranks
+from tandem.engine.parallel.group import join_store, open_ranks
 from tandem.engine.parallel.shard import Shard
+from tandem.engine.spec import load_spec
 from tandem.modelfiles import resolve_model
 from tandem.scheduler import PoolRole
 from tandem.v1 import ranks_pb2
 from tandem.worker.channel import Channel, ChannelClosedError
-from tandem.worker.cores import default_threads
 from tandem.worker.follower_links import FollowerLinks
 from tandem.worker.ranks import JOIN_SECONDS, RankAddress, end_process
+from tandem.worker.shares import default_threads, neighbours_of
 from tandem.worker.written import WrittenLayers
 
 log = structlog.get_logger(__name__)
-dist: Any = torch.distributed
 
 Progress = Callable[[str, float], None]
 
@@ -98,10 +96,7 @@ class FollowerRank:
     def _meet(self, channel: Channel, timeout: float) -> Any:
         command = ranks_pb2.RankCommand.FromString(channel.receive(timeout))
         welcome = command.welcome
-        return dist.TCPStore(
-            welcome.store_host, welcome.store_port, is_master=False, wait_for_workers=False,
-            timeout=timedelta(seconds=JOIN_SECONDS),
-        )  # fmt: skip
+        return join_store(welcome.store_host, welcome.store_port, JOIN_SECONDS)
 
     def _beat(self, channel: Channel) -> None:
         """Say at every heartbeat interval that this process is not frozen."""
@@ -120,9 +115,15 @@ class FollowerRank:
         torch.set_num_threads(config.worker.threads or default_threads(config))
         host, timeout = config.worker.host, config.worker.progress_timeout
         ranks = open_ranks(self._store, self._shard, place, host, timeout)
-        follower = load_follower(
-            resolve_model(config.model.path), config.model, config.cache, self._device, ranks
+        model_dir = resolve_model(config.model.path)
+        spec = load_spec(model_dir, config.model, self._device)
+        neighbours = neighbours_of(config, self._device)
+        loaded = load_model(
+            *(model_dir, config.model, config.cache, spec, place),
+            neighbours=neighbours,
+            ranks=ranks,
         )
+        follower = Follower(loaded.decoder, loaded.storage)
         links = FollowerLinks(self._shard.rank, follower.storage, config, channel, self._written)
         threading.Thread(
             target=self._read, args=(channel, links), name=f"{self._name}-read", daemon=True

@@ -61,6 +61,13 @@ class WorkerMetrics:
         self.running = self._gauge("tandem_worker_running_requests", "Sequences that hold blocks.")
         self.waiting = self._gauge("tandem_worker_waiting_requests", "Sequences in the queue.")
         self.blocks = self._gauge("tandem_worker_kv_blocks", "KV blocks by state.", ("state",))
+        self.policy = self._gauge(
+            "tandem_worker_scheduling_policy", "1 for the policy that is followed.", ("policy",)
+        )
+        self.unused_slots = self._gauge(
+            "tandem_worker_kv_unused_slots",
+            "Token slots of held blocks that no token of their sequence takes: fragmentation.",
+        )
         self.links = self._gauge("tandem_worker_kv_links", "Open KV links.")
         self.iteration_seconds = self._histogram(
             "tandem_worker_iteration_seconds", "Duration of an iteration.", _SECONDS
@@ -108,8 +115,16 @@ class WorkerMetrics:
     def count_tokens(self, kind: str, amount: int) -> None:
         self.tokens.labels(*self._labels, kind).inc(amount)
 
+    def count_prefix_lookup(self, queried: int, found: int) -> None:
+        """One look into the prefix cache, in tokens, of a sequence that was admitted."""
+        self.queried_tokens.inc(queried)
+        self.cached_tokens.inc(found)
+
     def observe_stage(self, stage: str, seconds: float) -> None:
         self.stage_seconds.labels(*self._labels, stage).observe(seconds)
+
+    def set_policy(self, name: str) -> None:
+        self.policy.labels(*self._labels, name).set(1)
 
     def set_blocks(self, used: int, cached: int, total: int) -> None:
         for state, count in (("used", used), ("cached", cached), ("free", total - used - cached)):

@@ -12,18 +12,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
 import torch
-import torch.distributed
 from torch import Tensor
 
 from tandem.core.config import WorkerConfig
 from tandem.core.errors import ModelLoadError, UnavailableError
-from tandem.engine.parallel.group import RankGroup, open_ranks
+from tandem.engine.parallel.group import RankGroup, open_ranks, serve_store
 from tandem.engine.parallel.shard import Shard
 from tandem.transfer import RankedTransfer
 from tandem.transfer.receive_ledger import PieceRange
@@ -33,7 +31,6 @@ from tandem_kernels import RaggedBatch
 
 log = structlog.get_logger(__name__)
 
-dist: Any = torch.distributed
 JOIN_SECONDS = 300.0
 """How long rank 0 waits for the others' processes, and they for it."""
 
@@ -94,10 +91,7 @@ class WorkerRanks:
                 missing = sorted(set(range(1, self.size)) - self._channels.keys())
                 raise UnavailableError(f"{self._name}: ranks {missing} did not start") from error
         self._listener.close()
-        store = dist.TCPStore(
-            self._config.host, 0, is_master=True, wait_for_workers=False,
-            timeout=timedelta(seconds=JOIN_SECONDS),
-        )  # fmt: skip
+        store = serve_store(self._config.host, JOIN_SECONDS)
         welcome = ranks_pb2.RankWelcome(store_host=self._config.host, store_port=store.port)
         self._command(ranks_pb2.RankCommand(welcome=welcome))
         for rank, channel in self._channels.items():

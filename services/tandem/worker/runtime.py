@@ -19,7 +19,7 @@ import torch
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import IntegrityError
-from tandem.core.sequence import IterationPlan
+from tandem.core.sequence import IterationPlan, Sequence
 from tandem.engine.engine import Engine
 from tandem.engine.parallel.shard import check_degree
 from tandem.engine.spec import load_spec
@@ -36,11 +36,11 @@ from tandem.transfer import (
     make_kv_spec,
 )
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
-from tandem.worker.cores import default_threads
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.ranks import RankAddress, WorkerRanks
+from tandem.worker.shares import default_threads, neighbours_of
 
 log = structlog.get_logger(__name__)
 
@@ -98,6 +98,7 @@ class WorkerRuntime:
         self.progress = 0
         """Grows with every iteration, and with those of prefill workers that work for this one."""
         self.metrics = WorkerMetrics(name, role)
+        self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
         self.link_budget = LinkBudget(config.transfer.max_links)
         self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
@@ -131,6 +132,7 @@ class WorkerRuntime:
             self.device,
             layers_per_group=config.transfer.layers_per_group,
             progress=self._progress,
+            neighbours=neighbours_of(config, self.device),
             announcer=self._ranks,
         )
         if self._ranks is not None:
@@ -194,6 +196,11 @@ class WorkerRuntime:
         self.metrics.count_tokens(kind, amount)
         self._rate.add(amount, time.monotonic())
 
+    def count_prefix_lookup(self, sequence: Sequence) -> None:
+        """Count what an admitted sequence found in the prefix cache, where there is one."""
+        if self.pool.prefix_cache:
+            self.metrics.count_prefix_lookup(sequence.num_tokens, sequence.num_cached)
+
     def peer_transfer(
         self,
         send_control: Callable[[worker_pb2.LinkMessage], None],
@@ -249,6 +256,7 @@ class WorkerRuntime:
             policy=policy_name(self.config.scheduler, self.role_name),
             kernels=self.engine.kernels,
             tensor_parallel=self.tensor_parallel,
+            kv_capacity=str(self.engine.kv_capacity),
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
                 name=self.model_name,
@@ -256,6 +264,7 @@ class WorkerRuntime:
                 max_model_len=spec.max_model_len,
                 block_size=self.config.cache.block_size,
                 vocab_size=spec.vocab_size,
+                no_prefix_cache=not self.config.cache.prefix_cache,
             ),
         )
 
@@ -272,12 +281,13 @@ class WorkerRuntime:
         while True:
             await asyncio.sleep(self.config.worker.heartbeat_interval)
             self.loop.post(self._role.tick)
-            self._publish_gauges()
+            self.loop.post(self._publish_gauges)
 
     def _publish_gauges(self) -> None:
         self.metrics.running.set(self.scheduler.num_running)
         self.metrics.waiting.set(self.scheduler.num_waiting)
         self.metrics.set_blocks(self.pool.num_used, self.pool.num_cached, self.pool.num_blocks)
+        self.metrics.unused_slots.set(self.scheduler.num_unused_slots)
         self.metrics.links.set(self.link_budget.num_open)
 
 

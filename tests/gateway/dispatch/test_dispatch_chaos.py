@@ -49,7 +49,7 @@ async def consume(cluster, request, rng: random.Random, tools) -> str:
 async def test_streams_are_exact_under_random_failures(cluster, make_request, tools, seed) -> None:
     rng = random.Random(seed)
     dispatcher = await cluster.start(
-        decode=4, prefill=2, worker_timeout=0.4, max_attempts=1000, no_worker_timeout=20.0
+        decode=4, prefill=2, worker_timeout=1.0, max_attempts=1000, no_worker_timeout=20.0
     )
     requests = [
         make_request(

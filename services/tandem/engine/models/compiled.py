@@ -1,13 +1,16 @@
 """The decoder as the C++ kernels run it: the same weights, packed; one call per group of layers.
 
 Takes the place of `decoder.Decoder` on CPUs for which the kernels were built. Each matrix is packed
-as soon as it is read, so there is never a second copy of the weights.
+as soon as it is read, several at a time, so there is never a second copy of the weights. Packed
+weights may be kept for the next start (`packed_cache`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +19,13 @@ from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.decoder import Layer
 from tandem.engine.models.layers import Linear, Loader, OnWritten
 from tandem.engine.models.rope import inverse_frequencies
+from tandem.engine.packed_cache import Build, build_all, in_parallel
+from tandem.engine.packed_format import Parts
 from tandem.kvcache.storage import KVStorage
 from tandem_kernels import Choice, RaggedBatch, cpu
+
+Keep = Callable[[Build], Parts | None]
+"""Keeps what `Build` makes, or finds it made already; None where it cannot."""
 
 
 @dataclass(frozen=True)
@@ -30,36 +38,16 @@ class CompiledModel:
 
     @classmethod
     def load(
-        cls, loader: Loader, config: DecoderConfig, group_ends: Sequence[int]
+        cls,
+        loader: Loader,
+        config: DecoderConfig,
+        group_ends: Sequence[int],
+        keep: Keep | None = None,
     ) -> CompiledModel:
-        """Read every tensor; raise `ModelLoadError` if the checkpoint does not fit the
-        configuration."""
+        """Read every tensor, or what `keep` has of them; raise `ModelLoadError` if the checkpoint
+        does not fit the configuration."""
         context = cpu.Context(torch.get_num_threads())
-
-        def matrix(name: str) -> cpu.PackedLinear:
-            shape = (config.vocab_size, config.hidden_size)
-            return cpu.pack_linear(context, loader.tensor(name, *shape), None)
-
-        embedding = matrix("model.embed_tokens.weight")
-        head = embedding if config.tied_embeddings else matrix("lm_head.weight")
-        model = cpu.PackedModel(
-            layers=[
-                pack_layer(context, Layer.load(loader, index, config))
-                for index in range(config.num_layers)
-            ],
-            embedding=embedding,
-            final_norm=loader.tensor("model.norm.weight", config.hidden_size),
-            head=head,
-            inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).contiguous(),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            inner=config.intermediate_size,
-            eps=config.rms_norm_eps,
-        )
-        loader.checkpoint.check_all_read(
-            ignored=["lm_head.weight"] if config.tied_embeddings else []
-        )
+        model = load_packed(context, loader, config, keep)
         return cls(cpu.CompiledDecoder(context, model), tuple(group_ends))
 
     def forward(
@@ -85,6 +73,55 @@ class CompiledModel:
         return self.decoder.logits(hidden)
 
 
+def load_packed(
+    context: cpu.Context, loader: Loader, config: DecoderConfig, keep: Keep | None = None
+) -> cpu.PackedModel:
+    """Read and pack every tensor, or take what `keep` has of them. Raises `ModelLoadError`."""
+
+    def build(add: Callable[[str, Any], None]) -> None:
+        in_parallel(context.threads, _jobs(context, loader, config), add)
+        loader.checkpoint.check_all_read(
+            ignored=["lm_head.weight"] if config.tied_embeddings else []
+        )
+
+    parts = (keep(build) if keep is not None else None) or build_all(build)
+    embedding = parts["embedding"]
+    return cpu.PackedModel(
+        layers=[parts[f"layers.{index}"] for index in range(config.num_layers)],
+        embedding=embedding,
+        final_norm=parts["final_norm"],
+        head=parts.get("head", embedding),
+        inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).contiguous(),
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        inner=config.intermediate_size,
+        eps=config.rms_norm_eps,
+    )
+
+
+def _jobs(
+    context: cpu.Context, loader: Loader, config: DecoderConfig
+) -> dict[str, Callable[[], object]]:
+    """What makes each part, the largest first."""
+
+    def matrix(name: str) -> cpu.PackedLinear:
+        shape = (config.vocab_size, config.hidden_size)
+        return cpu.pack_linear(context, loader.tensor(name, *shape), None)
+
+    def layer(index: int) -> cpu.PackedLayer:
+        return _pack_layer(context, Layer.load(loader, index, config))
+
+    jobs: dict[str, Callable[[], object]] = {
+        "embedding": partial(matrix, "model.embed_tokens.weight")
+    }
+    if not config.tied_embeddings:
+        jobs["head"] = partial(matrix, "lm_head.weight")
+    jobs.update({f"layers.{index}": partial(layer, index) for index in range(config.num_layers)})
+    jobs["final_norm"] = partial(loader.tensor, "model.norm.weight", config.hidden_size)
+    return jobs
+
+
 def can_compile(config: DecoderConfig, dtype: torch.dtype) -> bool:
     """Whether the kernels can run this model: its dtype, and rows that split into their units."""
     attended = config.num_heads * config.head_dim
@@ -93,9 +130,7 @@ def can_compile(config: DecoderConfig, dtype: torch.dtype) -> bool:
     return cpu.is_supported(dtype) and fits and config.head_dim <= cpu.MOST_HEAD_DIM
 
 
-def pack_layer(context: cpu.Context, layer: Layer) -> cpu.PackedLayer:
-    """Pack the matrices of one layer."""
-
+def _pack_layer(context: cpu.Context, layer: Layer) -> cpu.PackedLayer:
     def packed(
         linear: Linear,
         pack: Callable[[cpu.Context, Tensor, Tensor | None], cpu.PackedLinear] = cpu.pack_linear,

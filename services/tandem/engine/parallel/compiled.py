@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tandem.engine.models.compiled import pack_layer
+from tandem.engine.models.compiled import load_packed
 from tandem.engine.models.config import DecoderConfig
-from tandem.engine.models.decoder import Layer
 from tandem.engine.models.layers import Loader, OnWritten
-from tandem.engine.models.rope import inverse_frequencies
 from tandem.engine.parallel.group import RankGroup, own_rows
 from tandem.kvcache.storage import KVStorage
 from tandem_kernels import Choice, RaggedBatch, cpu
@@ -37,29 +35,7 @@ class CompiledShard:
         """Read this rank's tensors; `config` is the rank's own. Raises `ModelLoadError` if the
         checkpoint does not fit."""
         context = cpu.Context(torch.get_num_threads())
-
-        def matrix(name: str) -> cpu.PackedLinear:
-            shape = (config.vocab_size, config.hidden_size)
-            return cpu.pack_linear(context, loader.tensor(name, *shape), None)
-
-        embedding = matrix("model.embed_tokens.weight")
-        tied = config.tied_embeddings
-        model = cpu.PackedModel(
-            layers=[
-                pack_layer(context, Layer.load(loader, index, config))
-                for index in range(config.num_layers)
-            ],
-            embedding=embedding,
-            final_norm=loader.tensor("model.norm.weight", config.hidden_size),
-            head=embedding if tied else matrix("lm_head.weight"),
-            inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).contiguous(),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            inner=config.intermediate_size,
-            eps=config.rms_norm_eps,
-        )
-        loader.checkpoint.check_all_read(ignored=["lm_head.weight"] if tied else [])
+        model = load_packed(context, loader, config)
         return cls(context, cpu.CompiledDecoder(context, model), model, ranks)
 
     def forward(

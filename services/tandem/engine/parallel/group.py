@@ -130,6 +130,23 @@ def own_rows(token_ids: Tensor, rows_per_rank: int, shard: Shard) -> tuple[Tenso
     return rows * ours, ours
 
 
+def serve_store(host: str, timeout: float) -> Any:
+    """The store in which ranks meet, on a free port (`store.port`) of rank 0's host.
+
+    timeout: seconds that a rank waits in it for another.
+    """
+    return dist.TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
+
+
+def join_store(host: str, port: int, timeout: float) -> Any:
+    """The same store, for another rank."""
+    return dist.TCPStore(
+        host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
+
+
 def open_ranks(
     store: Any, shard: Shard, device: torch.device, host: str, timeout: float
 ) -> ProcessRanks:

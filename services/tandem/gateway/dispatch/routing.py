@@ -53,6 +53,7 @@ class Routing:
         self._seed = seed
         self._router: Router | None = None
         self._block_size = 0
+        self._prefix_cache = True
         self._suspects = Suspects(SUSPICION_SECONDS)
 
     def set_membership(self, membership: Membership) -> None:
@@ -66,6 +67,7 @@ class Routing:
         self._suspects.keep(membership.prefill)
         if self._router is None and membership.model is not None:
             self._block_size = membership.model.block_size
+            self._prefix_cache = membership.model.prefix_cache
             self._router = Router(self._config, self._block_size, self._seed)
 
     def _forget_replaced(self, membership: Membership) -> None:
@@ -134,7 +136,8 @@ class Routing:
     def _route(self, router: Router, flight: Flight, avoid: set[str]) -> Assignment:
         return router.route(
             flight.wire_id,
-            flight.hashes(self._block_size),
+            # Without a prefix cache no worker is nearer to a prompt than another.
+            flight.hashes(self._block_size) if self._prefix_cache else (),
             len(flight.token_ids),
             exclude=avoid | self._suspects.current(_now()),
         )

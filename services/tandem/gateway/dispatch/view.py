@@ -61,6 +61,7 @@ def membership_from_proto(message: cluster_pb2.Membership) -> Membership:
             max_model_len=message.model.max_model_len,
             block_size=message.model.block_size,
             vocab_size=message.model.vocab_size,
+            prefix_cache=not message.model.no_prefix_cache,
         )
     prefill = roles[cluster_pb2.ROLE_PREFILL] if message.disaggregated else {}
     return Membership(prefill, roles[cluster_pb2.ROLE_DECODE], model)

@@ -46,15 +46,17 @@ class InferenceServicer:
             sampling_options(request.sampling),
             prompt_field="text" if is_text else "token_ids",
             client_id=request.request_id,
-            priority=request.priority,
+            priority=request.priority_class or request.priority,
             cache_salt=request.cache_salt,
-            tenant=request.tenant,
+            tenant=self._service.tenants.of(_authorization(context), request.tenant),
             ttft_objective=request.ttft_objective,
             itl_objective=request.itl_objective,
         )
         request_id = request.request_id or secrets.token_hex(16)
         async with aclosing(self._service.generate(model, prepared, arrival)) as events:
             async for event in events:
+                if event.cache is not None:
+                    await context.send_initial_metadata((("x-tandem-cache", event.cache),))
                 yield generate_response(request_id, event)
 
     async def tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -83,6 +85,12 @@ class InferenceServicer:
             return pb.ListModelsResponse()
         model = pb.Model(id=served.info.name, max_model_len=served.info.max_model_len)
         return pb.ListModelsResponse(models=[model])
+
+
+def _authorization(context: Context) -> str:
+    metadata = context.invocation_metadata() or ()
+    values = (value for name, value in metadata if name == "authorization")
+    return str(next(values, ""))
 
 
 def add_inference(

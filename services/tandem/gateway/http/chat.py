@@ -13,7 +13,7 @@ from tandem.gateway.choices import Choice, run_choices
 from tandem.gateway.http.body import json_body
 from tandem.gateway.http.chat_format import ChatWriter
 from tandem.gateway.http.chat_schema import ChatRequest
-from tandem.gateway.http.context import CurrentEdge, request_info
+from tandem.gateway.http.context import CurrentEdge, noting_cache, request_info
 from tandem.gateway.http.errors import json_response
 from tandem.gateway.http.sse import DONE, event_stream, sse_event, until_disconnect
 from tandem.gateway.http.unsupported import CHAT
@@ -41,14 +41,14 @@ async def create_chat_completion(request: Request, body: ChatBody, edge: Current
         body.sampling(),
         prompt_field="messages",
         client_id=info.request_id,
-        priority=body.priority or 0,
+        priority=0 if body.priority is None else body.priority,
         cache_salt=body.cache_salt or "",
-        tenant=info.tenant,
+        tenant=service.tenants.of(info.authorization, info.claimed_tenant),
         ttft_objective=body.ttft_objective or 0.0,
         itl_objective=body.itl_objective or 0.0,
     )
     writer = ChatWriter(model, prompt, body, n)
-    choices = run_choices(service, model, [prompt], n, info.arrival)
+    choices = noting_cache(service, run_choices(service, model, [prompt], n, info.arrival), info)
     if body.stream:
         return await event_stream(request, _events(writer, choices))
     return json_response(await until_disconnect(request, writer.whole(choices)))

@@ -15,7 +15,7 @@ from tandem.gateway.choices import Choice, run_choices
 from tandem.gateway.http.body import json_body
 from tandem.gateway.http.completions_format import CompletionWriter, EchoedPrompt
 from tandem.gateway.http.completions_schema import CompletionRequest, Prompt
-from tandem.gateway.http.context import CurrentEdge, RequestInfo, request_info
+from tandem.gateway.http.context import CurrentEdge, RequestInfo, noting_cache, request_info
 from tandem.gateway.http.errors import json_response
 from tandem.gateway.http.sse import DONE, event_stream, sse_event, until_disconnect
 from tandem.gateway.http.unsupported import COMPLETIONS
@@ -48,7 +48,7 @@ async def create_completion(request: Request, body: CompletionBody, edge: Curren
         _echo(model, prompt, text) for prompt, text in zip(prompts, body.prompts(), strict=True)
     ]
     writer = CompletionWriter(model, echoes, body, n)
-    choices = run_choices(service, model, prompts, n, info.arrival)
+    choices = noting_cache(service, run_choices(service, model, prompts, n, info.arrival), info)
     if body.stream:
         return await event_stream(request, _events(writer, choices))
     return json_response(await until_disconnect(request, writer.whole(choices)))
@@ -66,9 +66,9 @@ async def _prepare(
         await service.encode(model, prompt) if isinstance(prompt, str) else prompt,
         body.sampling(),
         client_id=info.request_id,
-        priority=body.priority or 0,
+        priority=0 if body.priority is None else body.priority,
         cache_salt=body.cache_salt or "",
-        tenant=info.tenant,
+        tenant=service.tenants.of(info.authorization, info.claimed_tenant),
         ttft_objective=body.ttft_objective or 0.0,
         itl_objective=body.itl_objective or 0.0,
     )

@@ -72,7 +72,7 @@ class GenerationFields(StrictModel):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
-    priority: int | None = None
+    priority: int | str | None = None
     cache_salt: str | None = None
     ttft_objective: float | None = None
     itl_objective: float | None = None

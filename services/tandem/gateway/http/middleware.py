@@ -18,7 +18,6 @@ from tandem.gateway.http.errors import internal_error_response
 from tandem.gateway.metrics import GatewayMetrics, outcome_of_status
 
 _HEADER = b"x-request-id"
-_TENANT_HEADER = b"x-tenant"
 _ACCEPTED_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = structlog.get_logger(__name__)
 
@@ -34,7 +33,9 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        info = RequestInfo(_request_id(scope), send, _tenant(scope))
+        info = RequestInfo(
+            _request_id(scope), send, _header(scope, b"authorization"), _header(scope, b"x-tenant")
+        )
         scope.setdefault("state", {})["info"] = info
         gauge = self._metrics.in_flight("http")
         with gauge if scope["method"] == "POST" else contextlib.nullcontext():
@@ -47,7 +48,7 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (_HEADER, info.request_id.encode())]
+                message["headers"] = [*message["headers"], *_own_headers(info)]
             await send(message)
 
         try:
@@ -73,8 +74,15 @@ def _request_id(scope: Scope) -> str:
     return secrets.token_hex(16)
 
 
-def _tenant(scope: Scope) -> str:
-    values = (value for name, value in scope["headers"] if name == _TENANT_HEADER)
+def _own_headers(info: RequestInfo) -> list[tuple[bytes, bytes]]:
+    headers = [(_HEADER, info.request_id.encode())]
+    if info.cache is not None:
+        headers.append((b"x-tandem-cache", info.cache.encode()))
+    return headers
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    values = (value for name, value in scope["headers"] if name == wanted)
     return bytes(next(values, b"")).decode("latin-1")
 
 
