@@ -17,7 +17,8 @@ from typing import Any
 from tandem.core.config import TandemConfig
 from tandem.scheduler.policies import POLICIES
 from tandem.simulator import ClusterSpec, Profile, TraceRequest, load_profile, read_trace, simulate
-from tandem.simulator.timeline import Recorder, render_svg
+from tandem.timeline.events import Timeline
+from tandem.timeline.picture import render_svg
 
 DOCS = Path(__file__).parent
 PICTURES = DOCS / "images/scheduling"
@@ -73,7 +74,7 @@ def _picture(policy: str, num_prefill: int) -> str:
             "worker": {"local_prefill_max_tokens": 8},
         }
     )
-    recorder = Recorder()
+    recorder = Timeline()
     spec = ClusterSpec(MACHINE, config, num_prefill, 1)
     requests = REQUESTS
     if policy != "priority_classes":  # every policy heeds priorities; only this one lets them age
@@ -93,7 +94,7 @@ def service(policy: str) -> dict[str, list[tuple[float, float]]]:
     config = TandemConfig.model_validate(
         {"scheduler": {**SCHEDULER, "policy": policy, "max_running": 6}}
     )
-    recorder = Recorder()
+    recorder = Timeline()
     simulate(trace, ClusterSpec(MACHINE, config, 0, 1), {}, recorder)
     served: dict[str, list[tuple[float, float]]] = {"flood": [(0.0, 0.0)], "quiet": [(0.0, 0.0)]}
     for box in recorder.iterations:

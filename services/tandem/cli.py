@@ -18,6 +18,7 @@ from tandem.commands.show_config import config
 from tandem.commands.simulate import simulate
 from tandem.commands.status import status
 from tandem.commands.terminal import print_error
+from tandem.commands.trace import trace
 from tandem.core.errors import ConfigError, TandemError
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ def version() -> None:
     typer.echo(f"python {platform.python_version()}")
 
 
-for command in (serve, up, down, gateway, status, chat, call, config, simulate, version):
+for command in (serve, up, down, gateway, status, chat, call, config, simulate, trace, version):
     app.command()(command)
 
 

@@ -17,11 +17,9 @@ from tandem.core.pairs import parse_pairs
 from tandem.scheduler import policy_name
 from tandem.simulator import ClusterSpec, Report, load_profile, read_trace
 from tandem.simulator import simulate as run_simulation
-from tandem.simulator.page import render_page
 from tandem.simulator.report import SLO_NAMES
-from tandem.simulator.timeline import Recorder, render_svg
-
-_PIXELS_PER_SECOND = 400
+from tandem.timeline.events import Timeline
+from tandem.timeline.page import render_page
 
 
 @takes_config
@@ -47,14 +45,13 @@ def simulate(
     objectives = parse_slo(slo)
     spec = ClusterSpec(load_profile(profile), config, prefill, decode, seed)
     requests = read_trace(trace, limit, speed)
-    recorder = Recorder(timeline_seconds) if timeline is not None else None
+    recorder = Timeline(timeline_seconds) if timeline is not None else None
     began = time.perf_counter()
     report = run_simulation(requests, spec, objectives, recorder)
     took = time.perf_counter() - began
     if timeline is not None and recorder is not None:
         names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
-        width = 120 + int(timeline_seconds * _PIXELS_PER_SECOND)
-        page = render_page(render_svg(recorder, names, width, timeline_seconds), str(trace.name))
+        page = render_page(recorder, names, f"simulated: {trace.name}", describe_pools(spec))
         timeline.write_text(page, encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(_finite(report.summary())))
@@ -78,14 +75,8 @@ def parse_slo(text: str) -> dict[str, float]:
 def describe(report: Report, spec: ClusterSpec) -> str:
     """What people see."""
     summary: dict[str, Any] = report.summary()
-    scheduler = spec.config.scheduler
-    pools = f"{spec.num_prefill} prefill + {spec.num_decode} decode"
-    if spec.num_prefill == 0:
-        policies = f"colocated, {policy_name(scheduler, 'decode')}"
-    else:
-        policies = f"{policy_name(scheduler, 'prefill')} / {policy_name(scheduler, 'decode')}"
     lines = [
-        f"{pools} ({policies}), profile {spec.profile.name}",
+        describe_pools(spec),
         f"requests   {summary['requests']} finished, {summary['refused']} refused",
         *(
             f"{name.upper():10} p50 {v['p50']:.4g} s   p90 {v['p90']:.4g} s   p99 {v['p99']:.4g} s"
@@ -109,6 +100,17 @@ def describe(report: Report, spec: ClusterSpec) -> str:
             f"exposed p50 {exposed['p50']:.4g} s p99 {exposed['p99']:.4g} s"
         )
     return "\n".join(lines)
+
+
+def describe_pools(spec: ClusterSpec) -> str:
+    """What was simulated, in a line."""
+    scheduler = spec.config.scheduler
+    pools = f"{spec.num_prefill} prefill + {spec.num_decode} decode"
+    if spec.num_prefill == 0:
+        policies = f"colocated, {policy_name(scheduler, 'decode')}"
+    else:
+        policies = f"{policy_name(scheduler, 'prefill')} / {policy_name(scheduler, 'decode')}"
+    return f"{pools} ({policies}), profile {spec.profile.name}"
 
 
 def _slo(report: Report) -> str:

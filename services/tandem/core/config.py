@@ -243,6 +243,17 @@ class ControllerConfig(_Frozen):
     dashboard_port: Port = Field(8265, description="port of the Ray dashboard")
 
 
+class TracingConfig(_Frozen):
+    """What workers and gateways record of their iterations, KV transfers and requests."""
+
+    always: bool = Field(
+        False, description="record from the start; else only while `tandem trace` asks for it"
+    )
+    max_events: int = Field(
+        65536, ge=1, description="events kept per process; the oldest give way to new ones"
+    )
+
+
 class TandemConfig(_Frozen):
     """The whole configuration."""
 
@@ -255,6 +266,7 @@ class TandemConfig(_Frozen):
     decode: PoolConfig = PoolConfig()
     gateway: GatewayConfig = GatewayConfig()
     controller: ControllerConfig = ControllerConfig()
+    tracing: TracingConfig = TracingConfig()
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log lines that are written"
     )

@@ -60,6 +60,7 @@ class Handoff:
         leg = Leg(self._next_leg_id, peer, sequence.num_tokens)
         self._next_leg_id += 1
         self._legs[leg.leg_id] = active
+        self._runtime.trace.leg(active.request.request_id, leg.leg_id)
         active.leg, active.prefill_worker = leg, peer.name
         sequence.remote = True
         if sequence.phase == "receiving":
@@ -190,6 +191,7 @@ class Handoff:
             held_tokens=held_tokens,
         )
         leg.was_asked = True
+        self._runtime.trace.stage(active.request.request_id, "asked")
         leg.peer.send(worker_pb2.DecodeToPrefill(prefill=request))
 
     def _offered(self, active: ActiveRequest, leg: Leg) -> None:
@@ -202,6 +204,7 @@ class Handoff:
         runtime, sequence = self._runtime, active.sequence
         held = min(sequence.num_computed, leg.num_tokens - 1)
         leg.phase = "granted"
+        runtime.trace.stage(active.request.request_id, "granted")
         leg.last_event_at = time.monotonic()
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
         self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
@@ -270,6 +273,7 @@ class Handoff:
         if leg.landing.contiguous < leg.num_tokens:
             return
         runtime = self._runtime
+        runtime.trace.stage(active.request.request_id, "landed", leg.last_piece_at)
         exposed = max(0.0, leg.last_piece_at - leg.first_token_at)
         runtime.metrics.observe_stage("transfer", leg.transfer_seconds)
         runtime.metrics.observe_stage("transfer_exposed", exposed)
@@ -282,6 +286,7 @@ class Handoff:
         self._end(active, leg)
         leg.peer.transfer.finish_receives(leg.leg_id)
         runtime.scheduler.join(active.sequence)
+        runtime.trace.stage(active.request.request_id, "joined")
 
     def _fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
         self.abandon(active)

@@ -80,6 +80,7 @@ class DecodeWorker:
             self._runtime.metrics.count_request("refused")
             session.fail(error_to_failed(error, message.request_id, message.attempt))
             return
+        self._runtime.trace.stage(message.request_id, "accepted")
         self._active[active.key] = active
         self._by_sequence[active.sequence] = active
         self._prefill(active)
@@ -161,6 +162,7 @@ class DecodeWorker:
         sequence, spec = active.sequence, self._runtime.engine.spec
         if active.first_token_at is None:
             active.first_token_at = time.monotonic()
+            self._runtime.trace.stage(active.request.request_id, "first_token")
         index = sequence.num_output_tokens
         wanted = active.wants_prompt_logprobs
         self._runtime.scheduler.append(sequence, sampled.token_id)
@@ -232,6 +234,7 @@ class DecodeWorker:
 
     def _preempted(self, active: ActiveRequest) -> None:
         self._runtime.metrics.preemptions.inc()
+        self._runtime.trace.stage(active.request.request_id, "preempted")
         log.info("preempted", request=active.request.request_id, tokens=active.sequence.num_tokens)
         self._prefill(active)
 
@@ -309,5 +312,6 @@ class DecodeWorker:
         del self._active[active.key]
         del self._by_sequence[active.sequence]
         self._runtime.metrics.count_request(outcome)
+        self._runtime.trace.stage(active.request.request_id, "finished")
         if active.first_token_at is not None:
             self._runtime.metrics.observe_stage("decode", time.monotonic() - active.first_token_at)

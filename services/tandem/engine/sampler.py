@@ -21,7 +21,7 @@ from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
 from tandem.engine.logprobs import position_logprobs
 from tandem.engine.token_counts import TokenCountsCache
-from tandem_kernels import REFERENCE_CHOICE, Choice, apply_penalties, sample_tokens
+from tandem_kernels import REFERENCE_CHOICE, Choice, apply_penalties
 
 _MIN_TEMPERATURE = 1e-6
 """Below it a draw equals the greedy choice; dividing by less would overflow."""
@@ -61,7 +61,7 @@ class Sampler:
         positions = _column((seq.num_tokens for seq in sequences), torch.int64, device)
         if not any(map(_truncates, params)):
             return self._choice.draw(logits, temperatures, seeds, positions)
-        return sample_tokens(
+        return self._choice.draw(
             logits,
             temperatures,
             seeds,

@@ -134,6 +134,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             case "link":
                 peer.transfer.handle(message.link)
             case "prefill":
+                self._runtime.trace.stage(message.prefill.request_id, "leg_arrived")
                 post(handler.prefill, peer, message.prefill)
             case "grant":
                 post(handler.grant, peer, message.grant)

@@ -90,6 +90,7 @@ class PrefillWorker:
             self._runtime.metrics.count_request("refused")
             _fail_leg(peer, message.leg_id, error.message)
             return
+        self._runtime.trace.stage(request.request_id, "queued")
         now = time.monotonic()
         sequence = Sequence(request, next(self._arrivals), arrived_at=now)
         leg = PrefillLeg(peer, message.leg_id, sequence, received_at=now)
@@ -192,6 +193,7 @@ class PrefillWorker:
                 leg = self._by_sequence[sequence]
                 ahead += leg.sequence.num_tokens
                 leg.phase = "offered"
+                self._runtime.trace.stage(sequence.request.request_id, "offered")
                 offer = worker_pb2.Offer(leg_id=leg.leg_id)
                 peer.send(worker_pb2.PrefillToDecode(offer=offer))
 
@@ -210,6 +212,7 @@ class PrefillWorker:
         sequence, transfer = leg.sequence, leg.peer.transfer
         cached, held = sequence.num_computed, leg.held_tokens
         leg.started_at = time.monotonic()
+        self._runtime.trace.stage(sequence.request.request_id, "started", leg.started_at)
         metrics = self._runtime.metrics
         metrics.observe_stage("queue", leg.started_at - leg.received_at)
         self._runtime.count_prefix_lookup(sequence)

@@ -18,8 +18,8 @@ from tandem.simulator.links import Links
 from tandem.simulator.prefill import SimulatedPrefill
 from tandem.simulator.profile import Profile
 from tandem.simulator.report import PoolUse, Report
-from tandem.simulator.timeline import Recorder
 from tandem.simulator.trace import HASHED_TOKENS, TraceRequest
+from tandem.timeline.events import Timeline
 
 ROLES: tuple[PoolRole, ...] = ("prefill", "decode")
 
@@ -39,7 +39,7 @@ def simulate(
     trace: list[TraceRequest],
     spec: ClusterSpec,
     slo: Mapping[str, float] | None = None,
-    recorder: Recorder | None = None,
+    recorder: Timeline | None = None,
 ) -> Report:
     """Run a trace to its last token. The same arguments give the same report.
 
@@ -51,7 +51,7 @@ def simulate(
     clock, report, rpc = Clock(), Report(slo or {}), spec.profile.rpc_seconds
     links = Links(spec.profile.link)
     router = Router(spec.config.gateway.router, block_size, spec.seed)
-    gateway = SimulatedGateway(trace, router, clock, report, block_size, rpc)
+    gateway = SimulatedGateway(trace, router, clock, report, block_size, rpc, recorder)
     loops = {role: _loops(role, spec, trace, clock, report, recorder) for role in ROLES}
     prefill: dict[str, SimulatedPrefill] = {}
     for loop in loops["prefill"]:
@@ -81,7 +81,7 @@ def _loops(
     trace: list[TraceRequest],
     clock: Clock,
     report: Report,
-    recorder: Recorder | None,
+    recorder: Timeline | None,
 ) -> list[IterationLoop]:
     """The engine loops of one pool, each around a scheduler and a block pool of its own."""
     profile, cache = spec.profile, spec.config.cache

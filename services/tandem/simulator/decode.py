@@ -42,6 +42,7 @@ class SimulatedDecode:
             self._gateway.refused(flight, error)
             return
         self._by_sequence[flight.sequence] = flight
+        self._gateway.stage(flight, self.name, "accepted")
         self._prefill(flight)
 
     # ------------------------------------------------------------------ prefill elsewhere
@@ -100,6 +101,7 @@ class SimulatedDecode:
         if not (leg.first_token_at and leg.has_landed):
             return
         self._end_leg(flight)
+        self._gateway.stage(flight, self.name, "joined")
         self._gateway.report.exposed_transfer(max(0.0, leg.landed_at - leg.first_token_at))
         if flight.sequence.phase == "receiving":
             self._loop.scheduler.landed(flight.sequence, leg.num_tokens)
@@ -141,6 +143,7 @@ class SimulatedDecode:
     def preempted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
         flight.preemptions += 1
+        self._gateway.stage(flight, self.name, "preempted")
         self._gateway.report.num_preemptions += 1
         self._prefill(flight)
 
@@ -153,8 +156,11 @@ class SimulatedDecode:
     def _token(self, flight: Flight) -> None:
         sequence = flight.sequence
         self._loop.scheduler.append(sequence, 0)
+        if not flight.first_token_at:
+            self._gateway.stage(flight, self.name, "first_token")
         self._gateway.token(flight, self._clock.now + self._rpc_seconds)
         if sequence.num_tokens >= flight.request.max_len:
             self._loop.scheduler.finish(sequence, "length")
             del self._by_sequence[sequence]
+            self._gateway.stage(flight, self.name, "finished")
             self._gateway.finished(flight)

@@ -15,6 +15,7 @@ from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight
 from tandem.simulator.report import Report
 from tandem.simulator.trace import HASHED_TOKENS, TraceRequest
+from tandem.timeline.events import StageName, Timeline
 
 if TYPE_CHECKING:
     from tandem.simulator.decode import SimulatedDecode
@@ -34,8 +35,10 @@ class SimulatedGateway:
         report: Report,
         block_size: int,
         rpc_seconds: float,
+        recorder: Timeline | None = None,
     ) -> None:
         self.report = report
+        self._recorder = recorder
         self._trace = trace
         self._router = router
         self._clock = clock
@@ -74,7 +77,14 @@ class SimulatedGateway:
         prefill = self._prefill[assigned.prefill] if assigned.prefill else None
         decode = self._decode[assigned.decode]
         flight = Flight(request, hashes, self._clock.now, decode, prefill, sequence)
+        self.stage(flight, "gateway", "received")
         self._clock.after(self._rpc_seconds, decode.submit, flight)
+
+    def stage(self, flight: Flight, process: str, name: StageName, at: float | None = None) -> None:
+        """Note for the timeline, if there is one, that a request passed a boundary."""
+        if self._recorder is not None:
+            when = self._clock.now if at is None else at
+            self._recorder.stage(process, when, flight.request.request_id, name)
 
     # ------------------------------------------------------------------ what decode workers say
 
@@ -90,10 +100,12 @@ class SimulatedGateway:
             flight.first_token_at = now
             self.report.ttfts.append(now - flight.arrival)
             self._router.first_token(flight.request.request_id)
+            self.stage(flight, "gateway", "client_first", now)
         flight.last_token_at = now
 
     def finished(self, flight: Flight) -> None:
         """The last token was sent."""
+        self.stage(flight, "gateway", "client_last", flight.last_token_at)
         self._router.release(flight.request.request_id)
         gaps = flight.request.sampling.max_tokens - 1
         lasted = flight.last_token_at - flight.first_token_at

@@ -14,7 +14,7 @@ from tandem.scheduler.costs import work_of
 from tandem.simulator.clock import Clock
 from tandem.simulator.profile import IterationCost
 from tandem.simulator.report import PoolUse
-from tandem.simulator.timeline import Recorder
+from tandem.timeline.events import Timeline
 
 TICK_SECONDS = 0.05
 """How often a worker looks again when its policy lets requests wait for time to pass."""
@@ -45,7 +45,7 @@ class IterationLoop:
         cost: IterationCost,
         clock: Clock,
         use: PoolUse,
-        recorder: Recorder | None,
+        recorder: Timeline | None,
     ) -> None:
         self.name = name
         self.scheduler = scheduler

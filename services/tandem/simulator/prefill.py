@@ -12,7 +12,7 @@ from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.iterations import IterationLoop
 from tandem.simulator.links import Links
-from tandem.simulator.timeline import Recorder
+from tandem.timeline.events import Timeline, Transfer
 
 if TYPE_CHECKING:
     from tandem.simulator.decode import SimulatedDecode
@@ -31,7 +31,7 @@ class SimulatedPrefill:
         clock: Clock,
         links: Links,
         rpc_seconds: float,
-        recorder: Recorder | None,
+        recorder: Timeline | None,
     ) -> None:
         self.name = loop.name
         self._loop = loop
@@ -122,7 +122,8 @@ class SimulatedPrefill:
             )
             if self._recorder is not None:
                 name = flight.request.request_id
-                self._recorder.transfer(self.name, receiver, name, first, leg.landed_at)
+                span = (first, leg.landed_at, max(chunk.start, leg.held_tokens), num_tokens)
+                self._recorder.transfer(Transfer(self.name, receiver, name, *span))
 
     def sampled(self, sequence: Sequence) -> None:
         """The last chunk is computed: the first token goes, and the leg is over here."""

@@ -12,6 +12,7 @@ import torch
 
 from tandem.core.config import TransferConfig
 from tandem.kvcache.heads import heads_of
+from tandem.tracing.buffer import TraceBuffer
 from tandem.transfer.budget import LinkBudget
 from tandem.transfer.group import Rendezvous
 from tandem.transfer.head_blocks import head_blocks
@@ -36,9 +37,11 @@ class RankLinks:
         peer_name: str,
         budget: LinkBudget,
         rendezvous: Rendezvous,
+        trace: TraceBuffer | None = None,
     ) -> None:
         """`blocks`: this rank's own, of its share of the heads. `send_control` as in
-        `PeerTransfer`; its messages say between which ranks they are."""
+        `PeerTransfer`; its messages say between which ranks they are. `trace` records the link to
+        the peer's rank 0: a piece is one event, however many ranks it goes to."""
         heads, sizes = ours.num_kv_heads, (ours.tensor_parallel, theirs.tensor_parallel)
         sent = [s for s in head_slices(heads, *sizes) if s.sender == rank]
         received = [s for s in head_slices(heads, *reversed(sizes)) if s.receiver == rank]
@@ -60,9 +63,10 @@ class RankLinks:
                 config=config,
                 send_control=send,
                 events=events,
-                peer_name=peer_name if max(sizes) == 1 else f"{peer_name}/{peer_rank}",
+                peer_name=f"{peer_name}/{peer_rank}" if peer_rank else peer_name,
                 budget=budget,
                 rendezvous=rendezvous,
+                trace=None if peer_rank else trace,
             )
 
     def handle(self, message: worker_pb2.LinkMessage) -> None:

@@ -216,6 +216,7 @@ class ReceiveLink:
                 return False
             self._buffer.unpack(piece.first_layer, piece.num_layers, target.slots, target.written)
             landed = True
+            self._context.trace.landed(self._context.peer_name, messages.ref_of_range(piece))
             self._context.events.piece_landed(*piece, seconds, nbytes)
         except Exception as error:
             reason = f"KV could not be scattered: {error}"

@@ -70,15 +70,19 @@ class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    TRACING_PORT_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
+    tracing_port: _builtins.int
+    """where it serves `Tracing`; 0: nowhere"""
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
+        tracing_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "tracing_port", b"tracing_port"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,11 +314,14 @@ class ClusterStatus(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     DASHBOARD_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
     membership_version: _builtins.int
     model: _builtins.str
     dashboard: _builtins.str
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
+    @_builtins.property
+    def gateways(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayStatus]: ...
     def __init__(
         self,
         *,
@@ -322,11 +329,37 @@ class ClusterStatus(_message.Message):
         model: _builtins.str = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
         dashboard: _builtins.str = ...,
+        gateways: _abc.Iterable[Global___GatewayStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard", "membership_version", b"membership_version", "model", b"model", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard", "gateways", b"gateways", "membership_version", b"membership_version", "model", b"model", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class GatewayStatus(_message.Message):
+    """A gateway that watches the membership now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    TRACING_ADDRESS_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    tracing_address: _builtins.str
+    """host:port; empty: it serves none"""
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        tracing_address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "tracing_address", b"tracing_address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatewayStatus: _TypeAlias = GatewayStatus  # noqa: Y015

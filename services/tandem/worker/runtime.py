@@ -26,6 +26,8 @@ from tandem.engine.spec import load_spec
 from tandem.kvcache.block_pool import BlockPool
 from tandem.modelfiles import resolve_model, served_name
 from tandem.scheduler import PoolRole, Scheduler, make_policy, policy_name
+from tandem.tracing.buffer import TraceBuffer
+from tandem.tracing.service import add_tracing
 from tandem.transfer import (
     NO_OTHERS,
     LinkBudget,
@@ -99,6 +101,7 @@ class WorkerRuntime:
         """Grows with every iteration, and with those of prefill workers that work for this one."""
         self.metrics = WorkerMetrics(name, role)
         self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
+        self.trace = TraceBuffer(name, config.tracing.max_events, always=config.tracing.always)
         self.link_budget = LinkBudget(config.transfer.max_links)
         self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
@@ -183,7 +186,9 @@ class WorkerRuntime:
         """Run one planned iteration and account for it."""
         began = time.monotonic()
         run()
-        seconds, metrics = time.monotonic() - began, self.metrics
+        ended, metrics = time.monotonic(), self.metrics
+        seconds = ended - began
+        self.trace.iteration(plan, began, ended)
         self.scheduler.measured(plan, seconds)
         metrics.iteration_seconds.observe(seconds)
         metrics.iteration_tokens.observe(plan.num_tokens)
@@ -222,6 +227,7 @@ class WorkerRuntime:
                 peer_name=name,
                 budget=self.link_budget,
                 rendezvous=self._rendezvous,
+                trace=self.trace,
             )
 
         others = self._ranks or NO_OTHERS
@@ -272,6 +278,7 @@ class WorkerRuntime:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         role.add_servicers(self._server)
         worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerService(self), self._server)
+        add_tracing(self._server, self.trace)
         host = self.config.worker.host
         port = self._server.add_insecure_port(f"{host}:0")
         await self._server.start()
