@@ -40,6 +40,8 @@ FLAGS: Mapping[str, str] = {
     "scheduler.policy": "--policy",
     "scheduler.prefill_policy": "--prefill-policy",
     "scheduler.decode_policy": "--decode-policy",
+    "scheduler.itl_objective": "--itl-objective",
+    "lending.mode": "--lending",
     "scheduler.chunk_size": "--chunk-size",
     "scheduler.max_batch_tokens": "--max-batch-tokens",
     "scheduler.max_running": "--max-running",

@@ -42,8 +42,17 @@ _PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker", "tandem.worker.fo
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
-def _worker_main(role: str, name: str, config: TandemConfig, device: str, pipe: Connection) -> None:
+def _worker_main(
+    role: str,
+    name: str,
+    config: TandemConfig,
+    device: str,
+    pipe: Connection,
+    prepare: Callable[[str], None] | None,
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if prepare is not None:
+        prepare(name)
     worker = _ROLES[role](name, config, device)
     pipe.send(worker.rank_address)
     pipe.send(worker.start())
@@ -122,6 +131,8 @@ class LocalCluster:
 
     config: TandemConfig
     device: str = "cpu"
+    prepare: Callable[[str], None] | None = None
+    """Called in each worker's process with its name before it starts; must be importable there."""
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     controller_address: str = ""
     _membership: _Membership = field(default_factory=_Membership)
@@ -135,7 +146,9 @@ class LocalCluster:
         for role, name in workers:
             ours, theirs = context.Pipe()
             arguments = (role, name, self.config, self.device)
-            process = context.Process(target=_worker_main, args=(*arguments, theirs), daemon=True)
+            process = context.Process(
+                target=_worker_main, args=(*arguments, theirs, self.prepare), daemon=True
+            )
             process.start()
             theirs.close()
             started.append((arguments, process, ours))
@@ -218,10 +231,14 @@ class LocalCluster:
 
 @asynccontextmanager
 async def local_cluster(
-    config: TandemConfig, prefill: int = 1, decode: int = 1, device: str = "cpu"
+    config: TandemConfig,
+    prefill: int = 1,
+    decode: int = 1,
+    device: str = "cpu",
+    prepare: Callable[[str], None] | None = None,
 ) -> AsyncIterator[LocalCluster]:
     """Run a cluster of worker processes for the duration of a test."""
-    cluster = LocalCluster(config, device)
+    cluster = LocalCluster(config, device, prepare)
     server = grpc.aio.server()
     cluster_pb2_grpc.add_ClusterServicer_to_server(cluster._membership, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -26,6 +26,7 @@ PANELS = {
     "worker": "Scheduling",
     "prefill": "Cluster",
     "decode": "Cluster",
+    "lending": "Scheduling",
     "gateway": "Gateway",
     "controller": "Cluster",
 }

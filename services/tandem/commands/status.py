@@ -88,6 +88,8 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "links": worker.links,
         "tokens_per_second": worker.tokens_per_second,
         "iterations": worker.iterations,
+        "lent_requests": worker.lent_requests,
+        "lent_tokens": worker.lent_tokens,
         "policy": worker.policy,
         "kernels": worker.kernels,
         "tensor_parallel": worker.tensor_parallel,
@@ -159,6 +161,10 @@ def _note(worker: cluster_pb2.WorkerStatus, *, many_nodes: bool) -> Text:
     """What does not fit into the table, where there is something to say."""
     notes = [f"node {worker.node}"] if many_nodes and worker.node else []
     notes += [f"restarts: {worker.restarts}"] if worker.restarts else []
+    if worker.lent_requests:
+        kind = "prompt" if worker.role == cluster_pb2.ROLE_DECODE else "output"
+        lent = f"{worker.lent_requests} requests, {worker.lent_tokens} {kind} tokens"
+        notes.append(f"lent to the other pool: {lent}")
     notes += [worker.detail] if worker.detail else []
     return Text(f"{worker.name}: {', '.join(notes)}" if notes else "", style="dim")
 

@@ -51,6 +51,10 @@ class PrefillPeer:
         self.name = target.name
         self.incarnation = target.incarnation
         self.lost = False
+        self.load: worker_pb2.WorkerLoad | None = None
+        """What it last said of itself. Engine thread."""
+        self.progress_at = 0.0
+        """When it last said so, or that it had computed a chunk. Engine thread."""
         self._address = target.address
         self._runtime = runtime
         self._handler = handler

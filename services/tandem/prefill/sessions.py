@@ -34,6 +34,10 @@ class LegHandler(TransferHandler["DecodePeer"], Protocol):
 
     def cancel(self, peer: DecodePeer, message: worker_pb2.CancelPrefill) -> None: ...
 
+    def keep(self, peer: DecodePeer, message: worker_pb2.KeepPrefill) -> None: ...
+
+    def cut(self, peer: DecodePeer, message: worker_pb2.CutPrefill) -> None: ...
+
 
 class DecodePeer:
     """One decode worker's stream, from hello to its end."""
@@ -140,6 +144,10 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                 post(handler.grant, peer, message.grant)
             case "cancel":
                 post(handler.cancel, peer, message.cancel)
+            case "cut":
+                post(handler.cut, peer, message.cut)
+            case "keep":
+                post(handler.keep, peer, message.keep)
             case "heartbeat":
                 pass  # that it came is all it says
             case kind:

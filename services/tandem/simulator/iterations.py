@@ -29,10 +29,16 @@ class WorkerRole(Protocol):
 
     def preempted(self, sequence: Sequence) -> None: ...
 
+    def planned(self) -> None:
+        """A plan is made; what still waits had no place in it."""
+
     def computed(self, plan: IterationPlan, began: float) -> None:
         """Chunks are computed as of now; `advance` has been called."""
 
     def sampled(self, sequence: Sequence) -> None: ...
+
+    def ended(self) -> None:
+        """Everything that came out of the iteration is handed out."""
 
 
 class IterationLoop:
@@ -53,8 +59,15 @@ class IterationLoop:
         self._clock = clock
         self._use = use
         self._recorder = recorder
+        self.began = 0.0
+        """When the iteration under way, or the last one, began."""
         self._busy = False
         self._ticking = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an iteration is under way."""
+        return self._busy
 
     def attach(self, role: WorkerRole) -> None:
         """Say who is told of what happens."""
@@ -73,7 +86,9 @@ class IterationLoop:
                 self._role.preempted(seq)
             for seq in plan.admitted:
                 self._role.admitted(seq)
+            self._role.planned()
         self._busy = bool(plan.chunks)
+        self.began = now
         if plan.chunks:
             seconds = self._cost.seconds(work_of(plan.chunks))
             self._clock.after(seconds, self._end, plan, now)
@@ -98,4 +113,5 @@ class IterationLoop:
         self._role.computed(plan, began)
         for seq in samplers:
             self._role.sampled(seq)
+        self._role.ended()
         self.wake()

@@ -82,6 +82,10 @@ class Report:
     num_finished: int = 0
     num_good: int = 0
     num_preemptions: int = 0
+    kept_tokens: int = 0
+    """Tokens that prefill workers sampled while decode workers had no blocks."""
+    lent_tokens: int = 0
+    """Prompt tokens that decode workers computed for the prefill pool."""
     output_tokens: int = 0
     seconds: float = 0.0
     """From the first arrival to the last token."""
@@ -120,6 +124,8 @@ class Report:
             "goodput": self.num_good / seconds,
             "output_tokens_per_second": self.output_tokens / seconds,
             "preemptions": self.num_preemptions,
+            "lent_tokens": self.lent_tokens,
+            "kept_tokens": self.kept_tokens,
             "pools": {role: use.summary(seconds) for role, use in self.pools.items()},
             "link_busy": self.link_busy,
             "kv_bytes": self.kv_bytes,

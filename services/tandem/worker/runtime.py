@@ -99,6 +99,8 @@ class WorkerRuntime:
         self.iterations = 0
         self.progress = 0
         """Grows with every iteration, and with those of prefill workers that work for this one."""
+        self.lent_requests = 0
+        self.lent_tokens = 0
         self.metrics = WorkerMetrics(name, role)
         self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
         self.trace = TraceBuffer(name, config.tracing.max_events, always=config.tracing.always)
@@ -152,6 +154,8 @@ class WorkerRuntime:
         )
         self._progress("warming up", 0.0)
         self.engine.warm_up()
+        if self.overlaps:
+            self.engine.compute_ahead()
         self._progress("ready", 1.0)
 
     def serve(self, role: Role) -> WorkerEndpoint:
@@ -182,12 +186,22 @@ class WorkerRuntime:
         self._role.drop_everything()
         self.incarnation = incarnation
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next iteration is scheduled while one computes."""
+        setting = self.config.scheduler.overlap
+        on = setting == "on" or (setting == "auto" and self.device.startswith("cuda"))
+        return on and self.role_name == "decode"
+
     def iterate(self, plan: IterationPlan, run: Callable[[], None]) -> None:
         """Run one planned iteration and account for it."""
         began = time.monotonic()
         run()
-        ended, metrics = time.monotonic(), self.metrics
-        seconds = ended - began
+        self.account(plan, began, time.monotonic())
+
+    def account(self, plan: IterationPlan, began: float, ended: float) -> None:
+        """Note that an iteration has ended."""
+        seconds, metrics = ended - began, self.metrics
         self.trace.iteration(plan, began, ended)
         self.scheduler.measured(plan, seconds)
         metrics.iteration_seconds.observe(seconds)
@@ -200,6 +214,13 @@ class WorkerRuntime:
         """Count tokens computed, for the metrics and for the rate in `tandem status`."""
         self.metrics.count_tokens(kind, amount)
         self._rate.add(amount, time.monotonic())
+
+    def count_lent(self, tokens: int, requests: int = 0) -> None:
+        """Count what was computed with this worker's slack for the other pool."""
+        self.lent_tokens += tokens
+        self.lent_requests += requests
+        self.metrics.lent_tokens.inc(tokens)
+        self.metrics.lent_requests.inc(requests)
 
     def count_prefix_lookup(self, sequence: Sequence) -> None:
         """Count what an admitted sequence found in the prefix cache, where there is one."""
@@ -262,6 +283,8 @@ class WorkerRuntime:
             policy=policy_name(self.config.scheduler, self.role_name),
             kernels=self.engine.kernels,
             tensor_parallel=self.tensor_parallel,
+            lent_requests=self.lent_requests,
+            lent_tokens=self.lent_tokens,
             kv_capacity=str(self.engine.kv_capacity),
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
