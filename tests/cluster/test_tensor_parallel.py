@@ -66,6 +66,21 @@ async def test_every_family_and_shared_kv_heads(
         await cluster.assert_all_free()
 
 
+async def test_iterations_launched_ahead_change_nothing(
+    tiny_llama: Path, make_config: MakeConfig, connect: Connect
+) -> None:
+    prompts = random_prompts(4, [3, 17, 70])
+    expected = reference_tokens(tiny_llama, prompts, 12)
+    config = make_config(scheduler={"overlap": "on"}, **degrees(2, 2))
+    async with local_cluster(config) as cluster, connect(cluster) as dispatcher:
+        calls = [
+            generate(dispatcher, f"r{i}", prompt, max_tokens=12, ignore_eos=True)
+            for i, prompt in enumerate(prompts)
+        ]
+        assert await asyncio.gather(*calls) == expected
+        await cluster.assert_all_free()
+
+
 async def test_the_same_degrees_give_the_same_draws_however_a_request_is_served(
     make_config: MakeConfig, connect: Connect
 ) -> None:
