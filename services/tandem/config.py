@@ -49,6 +49,8 @@ FLAGS: Mapping[str, str] = {
     "worker.threads": "--threads",
     "worker.disaggregated": "--disaggregation/--no-disaggregation",
     "worker.local_prefill_max_tokens": "--local-prefill-max-tokens",
+    "prefill.tensor_parallel": "--prefill-tensor-parallel",
+    "decode.tensor_parallel": "--decode-tensor-parallel",
     "gateway.host": "--host",
     "gateway.port": "--port",
     "gateway.grpc_port": "--grpc-port",

@@ -92,6 +92,7 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "lent_tokens": worker.lent_tokens,
         "policy": worker.policy,
         "kernels": worker.kernels,
+        "tensor_parallel": worker.tensor_parallel,
         "kv_capacity": worker.kv_capacity,
         "restarts": worker.restarts,
         "detail": worker.detail,
@@ -131,13 +132,19 @@ def _row(worker: cluster_pb2.WorkerStatus) -> list[str | Text]:
         role_name(worker),
         Text(state, style=STATE_STYLES.get(state, "")),
         str(worker.pid or "-"),
-        worker.device or "-",
+        _device(worker),
         str(worker.running),
         str(worker.waiting),
         f"{worker.blocks_used}/{worker.blocks_cached}/{worker.blocks_total}",
         str(worker.links),
         f"{worker.tokens_per_second:.1f}",
     ]
+
+
+def _device(worker: cluster_pb2.WorkerStatus) -> str:
+    """Where it runs, and over how many ranks if there are several."""
+    several = worker.tensor_parallel > 1
+    return f"{worker.device} tp {worker.tensor_parallel}" if several else worker.device or "-"
 
 
 def _capacities(cluster: cluster_pb2.ClusterStatus) -> list[str]:

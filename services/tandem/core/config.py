@@ -171,6 +171,14 @@ class WorkerConfig(_Frozen):
     )
 
 
+class PoolConfig(_Frozen):
+    """What the workers of one role have for themselves."""
+
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="ranks of one worker, each with its share of heads and weights"
+    )
+
+
 class RouterConfig(_Frozen):
     """How the gateway assigns workers."""
 
@@ -282,6 +290,8 @@ class TandemConfig(_Frozen):
     scheduler: SchedulerConfig = SchedulerConfig()
     transfer: TransferConfig = TransferConfig()
     worker: WorkerConfig = WorkerConfig()
+    prefill: PoolConfig = PoolConfig()
+    decode: PoolConfig = PoolConfig()
     lending: LendingConfig = LendingConfig()
     gateway: GatewayConfig = GatewayConfig()
     controller: ControllerConfig = ControllerConfig()
@@ -289,3 +299,7 @@ class TandemConfig(_Frozen):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log lines that are written"
     )
+
+    def tensor_parallel(self, role: Literal["prefill", "decode"]) -> int:
+        """Ranks of one worker of a role."""
+        return (self.prefill if role == "prefill" else self.decode).tensor_parallel

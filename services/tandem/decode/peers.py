@@ -14,7 +14,8 @@ from typing import Protocol
 import grpc.aio
 import structlog
 
-from tandem.core.errors import DeadlineExceededError
+from tandem.core.errors import DeadlineExceededError, PeerMismatchError
+from tandem.transfer import check_kv_spec
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.worker.event_loop import Outbox
 from tandem.worker.liveness import ProgressWatch
@@ -59,7 +60,7 @@ class PrefillPeer:
         self._handler = handler
         self._outbox: Outbox[worker_pb2.DecodeToPrefill] = Outbox(runtime.events.loop)
         self.transfer = runtime.peer_transfer(
-            target.name, self._send_link, PostedEvents(runtime.loop, handler, self)
+            self._send_link, PostedEvents(runtime.loop, handler, self)
         )
         self._task = runtime.events.spawn(self._run())
 
@@ -86,7 +87,7 @@ class PrefillPeer:
                 await self._read(stub.Serve(self._messages()))
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
-        except DeadlineExceededError as error:
+        except (DeadlineExceededError, PeerMismatchError) as error:
             reason = error.message
         finally:
             beat.cancel()
@@ -134,6 +135,8 @@ class PrefillPeer:
                     ):
                         self._runtime.progress += 1
                 case "hello":
+                    check_kv_spec(self._runtime.kv_spec, message.hello.kv_spec)
+                    self.transfer.meet(self.name, message.hello.kv_spec)
                     log.info("prefill worker connected", worker=self._runtime.name, peer=self.name)
                 case _:
                     self._runtime.loop.post(self._handler.peer_message, self, message)

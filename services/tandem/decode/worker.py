@@ -32,6 +32,7 @@ from tandem.wire import (
     request_from_submit,
 )
 from tandem.worker.pipeline import Pipeline
+from tandem.worker.ranks import RankAddress
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 
 log = structlog.get_logger(__name__)
@@ -50,6 +51,11 @@ class DecodeWorker:
         self._by_sequence: dict[Sequence, ActiveRequest] = {}
         self._sessions: set[GatewaySession] = set()
         self._arrivals = itertools.count()
+
+    @property
+    def rank_address(self) -> RankAddress | None:
+        """Where the worker's other ranks join; None if it has only one."""
+        return self._runtime.rank_address
 
     def start(self) -> WorkerEndpoint:
         """Load, warm up and serve. Raises `ModelLoadError`."""

@@ -48,8 +48,9 @@ class DecodePeer:
         self.name = f"{hello.name}@{hello.incarnation}"
         self.outbox: Outbox[worker_pb2.PrefillToDecode] = Outbox(runtime.events.loop)
         self.transfer = runtime.peer_transfer(
-            hello.name, self._send_link, PostedEvents(runtime.loop, handler, self)
+            self._send_link, PostedEvents(runtime.loop, handler, self)
         )
+        self.transfer.meet(hello.name, hello.kv_spec)
 
     def send(self, message: worker_pb2.PrefillToDecode) -> None:
         """Queue a message for the decode worker; dropped once it is gone."""

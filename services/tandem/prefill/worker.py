@@ -29,6 +29,7 @@ from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import position_logprobs_to_proto, request_from_prefill
 from tandem.worker.landing import LandingProgress
 from tandem.worker.load import load_to_proto
+from tandem.worker.ranks import RankAddress
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 from tandem.worker.transfers import LandedPiece, TransferHolds
 
@@ -52,6 +53,11 @@ class PrefillWorker:
         self._by_sequence: dict[Sequence, PrefillLeg] = {}
         self._peers: set[DecodePeer] = set()
         self._arrivals = itertools.count()
+
+    @property
+    def rank_address(self) -> RankAddress | None:
+        """Where the worker's other ranks join; None if it has only one."""
+        return self._runtime.rank_address
 
     def start(self) -> WorkerEndpoint:
         """Load, warm up and serve. Raises `ModelLoadError`."""

@@ -651,6 +651,7 @@ class KVSpec(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.str
     """digest of config and weights"""
@@ -663,6 +664,10 @@ class KVSpec(_message.Message):
     protocol_version: _builtins.int
     backend: _builtins.str
     """gloo or nccl"""
+    tensor_parallel: _builtins.int
+    """Ranks of the worker; the only field that may differ. Each holds num_kv_heads / tensor_parallel
+    heads, or one that several share; both sides derive from it which rank sends which heads.
+    """
     def __init__(
         self,
         *,
@@ -676,10 +681,11 @@ class KVSpec(_message.Message):
         block_size: _builtins.int = ...,
         protocol_version: _builtins.int = ...,
         backend: _builtins.str = ...,
+        tensor_parallel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "layout", b"layout", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol_version", b"protocol_version", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "layout", b"layout", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol_version", b"protocol_version", "revision", b"revision", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1186,7 +1192,8 @@ Global___PeerHeartbeat: _TypeAlias = PeerHeartbeat  # noqa: Y015
 @_typing.final
 class LinkMessage(_message.Message):
     """Control messages of the KV links between two workers. A link is one-way, from the worker that
-    opens it; both directions may exist, each with epochs of its own.
+    opens it; both directions may exist, each with epochs of its own. Workers of several ranks have a
+    pair of links between every two ranks that hold a head in common.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1199,10 +1206,16 @@ class LinkMessage(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     BROKEN_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    FROM_RANK_FIELD_NUMBER: _builtins.int
+    TO_RANK_FIELD_NUMBER: _builtins.int
     to_opener: _builtins.bool
     """true: sent by the link's receiver to its sender"""
     epoch: _builtins.int
     """a message of another epoch is stale"""
+    from_rank: _builtins.int
+    """in the worker that sends the message"""
+    to_rank: _builtins.int
+    """in the worker that it is for"""
     @_builtins.property
     def open(self) -> Global___LinkOpen:
         """sender -> receiver"""
@@ -1238,10 +1251,12 @@ class LinkMessage(_message.Message):
         ack: Global___LinkAck | None = ...,
         broken: Global___LinkBroken | None = ...,
         closed: Global___LinkClosed | None = ...,
+        from_rank: _builtins.int = ...,
+        to_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "kind", b"kind", "open", b"open", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "epoch", b"epoch", "kind", b"kind", "open", b"open", "opened", b"opened", "to_opener", b"to_opener"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "epoch", b"epoch", "from_rank", b"from_rank", "kind", b"kind", "open", b"open", "opened", b"opened", "to_opener", b"to_opener", "to_rank", b"to_rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "announce", "ack", "broken", "closed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
