@@ -77,6 +77,33 @@ def pictures() -> Iterator[tuple[str, str]]:
         yield name, _picture(name, num_prefill=0)
     yield "separate_pools", _picture("chunked_prefill", num_prefill=1)
     yield "fair_share_service", _service_plot()
+    for mode in ("threshold", "measured"):
+        yield f"lending_{mode}", _lending(mode)
+
+
+LENDING_REQUESTS = [
+    TraceRequest(at, prompt, 8)
+    for at, prompt in ((3.00, 300), (3.01, 240), (3.02, 260), (3.03, 60))
+]
+"""Four prompts that come together, after enough others for the workers to know what they cost."""
+
+
+def _lending(mode: str) -> str:
+    """One prefill and one decode worker, with and without lending."""
+    config = TandemConfig.model_validate(
+        {
+            "scheduler": {**SCHEDULER, "itl_objective": 0.05},
+            "worker": {"local_prefill_max_tokens": 8},
+            "lending": {"mode": mode},
+        }
+    )
+    warm_up = [TraceRequest(0.2 * i, 40, 3) for i in range(12)]
+    running = [TraceRequest(2.6, 20, 60), TraceRequest(2.7, 20, 60)]
+    machine = MACHINE.model_copy(update={"num_blocks": 400})
+    recorder = Timeline()
+    requests = [*warm_up, *running, *LENDING_REQUESTS]
+    simulate(requests, ClusterSpec(machine, config, 1, 1), {}, recorder)
+    return render_svg(recorder, ["prefill-0", "decode-0"], seconds=0.45, start=2.97)
 
 
 def _picture(policy: str, num_prefill: int) -> str:
@@ -84,6 +111,7 @@ def _picture(policy: str, num_prefill: int) -> str:
         {
             "scheduler": {**SCHEDULER, "policy": policy},
             "worker": {"local_prefill_max_tokens": 8},
+            "lending": {"mode": "threshold"},
         }
     )
     recorder = Timeline()
@@ -173,7 +201,8 @@ def _row(job: tuple[str, list[TraceRequest], dict[str, float]]) -> str:
                 "batch_size": 32,
                 "ttft_objective": slo["ttft"],
                 "itl_objective": slo["tpot"],
-            }
+            },
+            "lending": {"mode": "threshold"},
         }
     )
     for num_prefill, num_decode in SPLITS:

@@ -99,6 +99,10 @@ def describe(report: Report, spec: ClusterSpec) -> str:
         f"preempted  {summary['preemptions']}",
     ]
     if spec.num_prefill:
+        lines.append(
+            f"lent       {summary['lent_tokens']} prompt tokens to prefill, "
+            f"{summary['kept_tokens']} output tokens to decode"
+        )
         exposed = summary["exposed_transfer"]
         lines.append(
             f"links      busy {summary['link_busy']:.1%}, {summary['kv_bytes'] / 1e9:.1f} GB; "

@@ -22,6 +22,8 @@ def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
         return 0
     if not plan.chunks or not _is_indifferent(scheduler.policy):
         return 0
+    if scheduler.prompt_room is not None:  # lending learns from every iteration
+        return 0
     steps = most
     for chunk in plan.chunks:
         sequence = chunk.sequence

@@ -49,7 +49,11 @@ def simulate(
 
     Raises `IntegrityError` if a block is still held when everything has ended.
     """
-    block_size = spec.config.cache.block_size
+    config = spec.config
+    if not spec.num_prefill:
+        lending = config.lending.model_copy(update={"mode": "threshold"})
+        config = config.model_copy(update={"lending": lending})
+    block_size = config.cache.block_size
     if any(request.hash_ids for request in trace) and HASHED_TOKENS % block_size:
         raise ConfigError(f"cache.block_size must divide {HASHED_TOKENS} for traces with hashes")
     clock, report, rpc = Clock(), Report(slo or {}), spec.profile.rpc_seconds
@@ -72,8 +76,7 @@ def simulate(
         loop.attach(worker)
     decode: dict[str, SimulatedDecode] = {}
     for loop in loops["decode"]:
-        local_max = spec.config.worker.local_prefill_max_tokens
-        decode[loop.name] = taker = SimulatedDecode(loop, clock, rpc, local_max, gateway)
+        decode[loop.name] = taker = SimulatedDecode(loop, clock, rpc, config, gateway)
         loop.attach(taker)
     gateway.open(prefill, decode)
     clock.run()

@@ -40,6 +40,9 @@ class WorkerRole(Protocol):
 
     def preempted(self, sequence: Sequence) -> None: ...
 
+    def planned(self) -> None:
+        """A plan is made; what still waits had no place in it."""
+
     def computed(self, plan: IterationPlan, began: float) -> None:
         """Chunks are computed as of now; `advance` has been called."""
 
@@ -47,6 +50,9 @@ class WorkerRole(Protocol):
 
     def repeated(self, plan: IterationPlan, ends: list[float]) -> None:
         """Every sequence of a plan of decode steps drew a token at each of these times."""
+
+    def ended(self) -> None:
+        """Everything that came out of the iteration is handed out."""
 
 
 class IterationLoop:
@@ -68,16 +74,22 @@ class IterationLoop:
         self._clock = clock
         self._use = use
         self._recorder = recorder
+        self.began = 0.0
+        """When the iteration under way, or the last one, began."""
         self._busy = False
         self._ticking = False
         self._leaps = leaps and recorder is None and not time.depends_on_others
         self._plan = IterationPlan(())
         """Of the iteration under way."""
-        self._began = 0.0
         self._ends: list[float] = []
         """When it ends, and when the equal ones after it do, if this is a leap."""
         self._leap = 0
         """Counts leaps, so that the end of one that was cut short is not taken for another's."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an iteration is under way."""
+        return self._busy
 
     def attach(self, role: WorkerRole) -> None:
         """Say who is told of what happens."""
@@ -106,6 +118,7 @@ class IterationLoop:
                 self._role.preempted(seq)
             for seq in plan.admitted:
                 self._role.admitted(seq)
+            self._role.planned()
         self._busy = bool(plan.chunks)
         if plan.chunks:
             self._begin(plan, now)
@@ -121,7 +134,7 @@ class IterationLoop:
         """Let time pass until the end of an iteration, or of a leap that begins with it."""
         work = work_of(plan.chunks)
         end = now + self._time.begin(work)
-        self._plan, self._began, self._ends = plan, now, [end]
+        self._plan, self.began, self._ends = plan, now, [end]
         if self._leaps and self._role.decodes and not work.prompt_tokens:
             steps = steady_steps(self._scheduler, plan, LONGEST_LEAP)
             for seconds in self._time.ahead(steps, work):
@@ -138,9 +151,9 @@ class IterationLoop:
         plan, over = self._plan, ends[:ended]
         self._plan = repeat(self._scheduler, plan, ended, TOKEN)
         self._time.took(ended)
-        lasted = over[-1] - self._began
+        lasted = over[-1] - self.began
         self._use.count(self._scheduler.pool, ended * len(plan.chunks), lasted, ended)
-        self._began, self._ends = over[-1], ends[ended:]
+        self.began, self._ends = over[-1], ends[ended:]
         role.repeated(plan, over)
 
     def _cut(self) -> None:
@@ -160,7 +173,7 @@ class IterationLoop:
         self._busy, self._ends = False, []
         self._leap += 1
         self._time.end()
-        plan, began, scheduler = self._plan, self._began, self._scheduler
+        plan, began, scheduler = self._plan, self.began, self._scheduler
         seconds = self._clock.now - began
         self._use.count(scheduler.pool, plan.num_tokens, seconds, 1)
         if self._recorder is not None:
@@ -171,4 +184,5 @@ class IterationLoop:
         self._role.computed(plan, began)
         for seq in samplers:
             self._role.sampled(seq)
+        self._role.ended()
         self.wake()

@@ -89,6 +89,10 @@ class Report:
     missed: Counter[str] = field(default_factory=Counter)
     """Requests that missed each objective."""
     num_preemptions: int = 0
+    kept_tokens: int = 0
+    """Tokens that prefill workers sampled while decode workers had no blocks."""
+    lent_tokens: int = 0
+    """Prompt tokens that decode workers computed for the prefill pool."""
     output_tokens: int = 0
     seconds: float = 0.0
     """From the first arrival to the last token."""
@@ -130,6 +134,8 @@ class Report:
             "goodput": self.num_good / seconds,
             "output_tokens_per_second": self.output_tokens / seconds,
             "preemptions": self.num_preemptions,
+            "lent_tokens": self.lent_tokens,
+            "kept_tokens": self.kept_tokens,
             "pools": {role: use.summary(seconds) for role, use in self.pools.items()},
             "link_busy": self.link_busy,
             "kv_bytes": self.kv_bytes,
