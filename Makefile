@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-scheduling bench-micro bench-startup bench-gpu fuzz-kernels bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-scheduling bench-micro bench-startup bench-gpu bench-simulator bench-prediction fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,6 +73,12 @@ bench-stages: $(STAMP)  ## where the time of a request goes before its tokens fl
 
 bench-gpu: $(STAMP)  ## check and measure everything that needs a GPU; see docs/gpu-results.md
 	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
+
+bench-simulator: $(STAMP)  ## simulate 1,000 workers and 1,000,000 requests (ARGS="--requests 100000")
+	@$(BIN)/python -m benchmarks.simulator $(ARGS)
+
+bench-prediction: $(STAMP)  ## what the simulator predicts against what the cluster does (ARGS="--model qwen")
+	@$(BIN)/python -m benchmarks.prediction $(ARGS)
 
 bench-scheduling: $(STAMP)  ## what an iteration's scheduling and a routing decision cost
 	@$(BIN)/python -m benchmarks.scheduling $(ARGS)

@@ -55,12 +55,12 @@ def measure(
 ) -> RunResult:
     """Run one workload on one cluster. Raises `ClusterError` or `LoadError`."""
     with running_cluster(scenario.config(mode)) as cluster:
-        warmed_up, _ = _replay(scenario, cluster, _warm_up(requests), niceness)
+        warmed_up, _ = replay(scenario, cluster, _warm_up(requests), niceness)
         if failed := [record.error for record in warmed_up if not record.ok]:
             raise LoadError(f"a request of the warm-up failed: {failed[0] or 'tokens are missing'}")
         counters = read_counters(cluster.metrics_addresses)
         cpu = CpuUse.now(cluster.pid)
-        records, client = _replay(scenario, cluster, requests, niceness)
+        records, client = replay(scenario, cluster, requests, niceness)
         after = CpuUse.now(cluster.pid)
         counters = read_counters(cluster.metrics_addresses).since(counters)
     figures = summarize(records, scenario.objectives)
@@ -112,13 +112,13 @@ def _warm_up(requests: Sequence[PlannedRequest]) -> list[PlannedRequest]:
     ]
 
 
-def _replay(
+def replay(
     scenario: Scenario,
     cluster: RunningCluster,
     requests: Sequence[PlannedRequest],
     niceness: int,
 ) -> tuple[list[RequestRecord], ClientCost]:
-    """Let the load client send the requests, in its own process."""
+    """Let the load client send the requests, in its own process. Raises `LoadError`."""
     job = LoadJob(
         host=cluster.host,
         port=cluster.port,

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from tandem.controller import launcher
-from tandem.core.config import ControllerConfig, TandemConfig, WorkerConfig
+from tandem.controller import machine_cores
+from tandem.core.config import ControllerConfig, PoolConfig, TandemConfig, WorkerConfig
 
 NAMES = ("prefill-0", "decode-0")
 
 
 @pytest.fixture(autouse=True)
 def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "ownable_cores", lambda: (4, 6, 8, 9))
+    monkeypatch.setattr(machine_cores, "ownable_cores", lambda: (4, 6, 8, 9))
 
 
-def affinity(name: str, *, several_nodes: bool = False, gpus: float = 0.0, **worker: object) -> str:
+def affinity(
+    name: str, *, several_nodes: bool = False, gpus: float = 0.0, ranks: int = 1, **worker: object
+) -> str:
     config = TandemConfig(
         worker=WorkerConfig.model_validate(worker),
         controller=ControllerConfig(gpus_per_worker=gpus),
+        prefill=PoolConfig(tensor_parallel=ranks),
     )
-    told = launcher.with_cores(config, NAMES, name, several_nodes=several_nodes)
+    told = machine_cores.with_cores(config, NAMES, name, several_nodes=several_nodes)
     return told.worker.cpu_affinity
 
 
@@ -36,6 +39,7 @@ def test_nobody_is_pinned_where_the_cores_do_not_suffice() -> None:
 def test_nobody_is_pinned_where_the_neighbours_are_not_known_or_the_model_is_on_a_gpu() -> None:
     assert affinity("decode-0", several_nodes=True) == "off"
     assert affinity("decode-0", gpus=0.5) == "off"
+    assert affinity("decode-0", ranks=2) == "off"
 
 
 def test_what_the_operator_says_is_kept() -> None:

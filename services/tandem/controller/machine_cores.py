@@ -1,14 +1,34 @@
-"""What the machine lets this process run on, as far as cores can be owned."""
+"""Which cores each worker of this machine gets, out of those that this process may run on."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from tandem.core.cores import parse_cores
+from tandem.core.config import TandemConfig
+from tandem.core.cores import assign_cores, format_cores, parse_cores
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+def with_cores(
+    config: TandemConfig, names: tuple[str, ...], name: str, *, several_nodes: bool
+) -> TandemConfig:
+    """Resolve worker.cpu_affinity "auto" to the worker's own cores, "off" where there are none.
+
+    On several nodes Ray chooses a worker's node later than this, so nobody knows its neighbours.
+    Ranks of one worker share its configuration, so where there are several nobody is pinned.
+    """
+    if config.worker.cpu_affinity != "auto":
+        return config
+    cores: tuple[int, ...] = ()
+    several_ranks = max(config.prefill.tensor_parallel, config.decode.tensor_parallel) > 1
+    if not (several_nodes or several_ranks or config.controller.gpus_per_worker):
+        cores = assign_cores(ownable_cores(), names, config.worker.threads).get(name, ())
+    affinity = format_cores(cores) if cores else "off"
+    worker = config.worker.model_copy(update={"cpu_affinity": affinity})
+    return config.model_copy(update={"worker": worker})
 
 
 def ownable_cores() -> tuple[int, ...]:

@@ -18,10 +18,11 @@ from tandem.core.request import FinishReason, Request
 from tandem.core.sequence import IterationPlan, Phase, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.hashing import extend_hashes
-from tandem.scheduler.costs import work_of
+from tandem.scheduler.costs import CostEstimator, work_of
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
 from tandem.scheduler.policies import Policy, make_policy
+from tandem.scheduler.prompt_room import PromptRoom
 from tandem.scheduler.sequence_queue import SequenceQueue
 
 
@@ -58,6 +59,9 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.must_settle = False
         """Whether the next plan needs every iteration under way ended, and its tokens appended."""
+        self.costs = CostEstimator()
+        self.prompt_room: PromptRoom | None = None
+        """Bounds prompts beside decode steps, where a worker computes them with its slack."""
         self.waiting = SequenceQueue()
         self.running = SequenceQueue()
         self.receiving = SequenceQueue()
@@ -114,6 +118,19 @@ class Scheduler:
         """Return how many tokens of a sequence its prefix cache would give now. Takes no hold."""
         return len(self._match_prefix(seq)) * self.pool.block_size
 
+    def blocks_to_admit(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence would take from the pool; 0 if it holds its own."""
+        return 0 if seq.block_table else self._num_blocks(seq.num_tokens + 1)
+
+    def most_blocks(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence takes when it is as long as it may become."""
+        return self._num_blocks(min(seq.request.max_len, self.max_model_len))
+
+    def has_room(self, seq: Sequence) -> bool:
+        """Whether a sequence holds blocks for all of its tokens. One that a prefill worker decoded
+        for a while may have grown past those that were reserved."""
+        return seq.num_tokens <= len(seq.block_table) * self.pool.block_size
+
     def withdraw(self, seq: Sequence) -> None:
         """Take a sequence out of the queue; `add` puts it back at its place."""
         self.waiting.discard(seq)
@@ -159,8 +176,10 @@ class Scheduler:
                 seq.num_in_flight += 1
 
     def measured(self, plan: IterationPlan, seconds: float) -> None:
-        """Tell the policy how long the iteration of `plan` took."""
-        self.policy.measured(work_of(plan.chunks), seconds)
+        """Learn, and tell the policy, how long the iteration of `plan` took."""
+        work = work_of(plan.chunks)
+        self.costs.measured(work, seconds)
+        self.policy.measured(work, seconds)
 
     def advance(self, plan: IterationPlan) -> None:
         """Note that the chunks of `plan` are computed. Those of sequences that left meanwhile count
@@ -177,13 +196,13 @@ class Scheduler:
                 seq.num_computed = end
             if seq.phase == "running":
                 if start // block_size != end // block_size:
-                    self._publish(seq, start, end)
+                    self.publish(seq, start, end)
             elif seq.phase == "finished" and not seq.num_under_way:
                 self._release(seq)
 
     def append(self, seq: Sequence, token_id: int) -> None:
-        """Add a sampled token (or, while receiving, the one that the prefill worker sampled)."""
-        if seq.phase not in ("running", "receiving"):
+        """Add a sampled token; that of a remote sequence came from a prefill worker."""
+        if not (seq.phase in ("running", "receiving") or (seq.phase == "waiting" and seq.remote)):
             raise ValueError(f"{holder_of(seq)} is {seq.phase} and takes no tokens")
         seq.token_ids.append(token_id)
         if seq.num_in_flight:
@@ -197,19 +216,20 @@ class Scheduler:
             # Blocks of prompts were reserved at admission; 0: a sample is awaited.
             missing = seq.num_uncomputed
             if missing > 1:
-                draft.add_chunk(seq, min(limit, missing))
-            elif missing == 1 and (
-                seq.num_computed < len(seq.block_table) * self.pool.block_size
-                or self._secure_blocks(seq, draft)
+                limit = min(limit, self._room_for_prompts(draft))
+            length = min(limit, missing)
+            end = seq.num_computed + length
+            if length > 0 and (
+                end <= len(seq.block_table) * self.pool.block_size
+                or self._secure_blocks(seq, end, draft)
             ):
-                draft.add_chunk(seq, 1)
+                draft.add_chunk(seq, length)
 
-    def _secure_blocks(self, seq: Sequence, draft: Draft) -> bool:
-        """Get blocks for all of `seq`'s tokens, preempting the last; False if that was `seq`, or if
-        the last is under way: then nobody is admitted before it can be preempted."""
-        missing = self._num_blocks(seq.num_computed + 1) - len(seq.block_table)
-        if missing <= 0:
-            return True
+    def _secure_blocks(self, seq: Sequence, num_tokens: int, draft: Draft) -> bool:
+        """Get the blocks that `seq` lacks for its first `num_tokens` tokens, preempting the last;
+        False if that was `seq`, or if the last is under way: then nobody is admitted before it can
+        be preempted."""
+        missing = self._num_blocks(num_tokens) - len(seq.block_table)
         while not self.pool.can_allocate(missing):
             if self.must_settle:
                 return False
@@ -234,13 +254,26 @@ class Scheduler:
             self._leave(victim, "preempted")
             draft.preempted.append(victim)
 
+    def _room_for_prompts(self, draft: Draft) -> int:
+        """Prompt tokens that this iteration can still take."""
+        if self.prompt_room is None:
+            return draft.tokens_left
+        if draft.prompt_room is None:
+            limit = self.config.max_batch_tokens
+            draft.prompt_room = self.prompt_room.tokens(
+                draft.decoding, self.costs, limit, num_receiving=len(self.receiving)
+            )
+        return min(draft.tokens_left, draft.prompt_room - draft.prompt_tokens)
+
     # ------------------------------------------------------------------ admission
 
     def _admit(self, seq: Sequence, limit: int, draft: Draft) -> None:
         """Let a sequence out of the queue, or end admission for this iteration."""
         if not draft.admits or seq not in self.waiting:
             return
-        if (draft.tokens_left == 0 and not seq.remote) or not self._reserve_blocks(seq):
+        if not seq.remote:
+            limit = min(limit, draft.tokens_left, self._room_for_prompts(draft))
+        if not limit or not self._reserve_blocks(seq):
             draft.admits = False
             return
         self._move(seq, "receiving" if seq.remote else "running")
@@ -286,7 +319,7 @@ class Scheduler:
         start, seq.num_computed = seq.num_computed, max(seq.num_computed, num_tokens)
         # The newest token may be computed here after all (`fall_back`), and a block that others can
         # find is never written again: so the block of the newest token is published by `join`.
-        self._publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
+        self.publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
 
     def join(self, seq: Sequence) -> None:
         """Let a receiving sequence decode: all KV but the newest token's must be in place."""
@@ -303,10 +336,22 @@ class Scheduler:
         seq.num_computed = min(seq.num_computed, seq.num_tokens - 1)
         self._start_running(seq)
 
+    def hand_out(self, seq: Sequence) -> None:
+        """Let a prefill worker compute what is left of a running prompt: `fall_back` undone.
+
+        It keeps its blocks and what is in them, and must hold those of all its tokens.
+        """
+        if seq.phase != "running" or seq.num_uncomputed < 2 or not self.has_room(seq):
+            raise ValueError(
+                f"{holder_of(seq)} is {seq.phase} with {seq.num_uncomputed} to compute"
+            )
+        seq.remote = True
+        self._move(seq, "receiving")
+
     def _start_running(self, seq: Sequence) -> None:
         seq.remote = False
         self._move(seq, "running")
-        self._publish(seq, 0, seq.num_computed)
+        self.publish(seq, 0, seq.num_computed)
 
     def _require_receiving(self, seq: Sequence) -> None:
         if seq.phase != "receiving":
@@ -348,7 +393,7 @@ class Scheduler:
         salt = seq.request.cache_salt
         extend_hashes(seq.block_hashes, seq.token_ids, self.pool.block_size, salt)
 
-    def _publish(self, seq: Sequence, start: int, end: int) -> None:
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
         """Make the blocks findable that are full now that tokens [start, end) have their KV."""
         blocks = range(start // self.pool.block_size, end // self.pool.block_size)
         if not blocks or not self.pool.prefix_cache:

@@ -33,7 +33,7 @@ class Packer:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._buffers = [PieceBuffer(context.blocks, context.spec) for _ in range(2)]
+        self._buffers = [PieceBuffer(context.blocks) for _ in range(2)]
 
     def probe(self) -> torch.Tensor:
         """One byte, for the wire."""

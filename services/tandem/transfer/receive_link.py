@@ -44,7 +44,7 @@ class ReceiveLink:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._buffer = PieceBuffer(context.blocks, context.spec)
+        self._buffer = PieceBuffer(context.blocks)
         self._ledger = ReceiveLedger(context.spec.num_layers)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
