@@ -12,7 +12,7 @@ NAMES = ("prefill-0", "decode-0")
 
 @pytest.fixture(autouse=True)
 def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_cores, "ownable_cores", lambda: (4, 6, 8, 9))
+    monkeypatch.setattr(machine_cores, "ownable_cores", lambda: (4, 6, 8, 9, 10))
 
 
 def affinity(

@@ -43,7 +43,7 @@ def test_sets_are_disjoint_allowed_and_as_large_as_asked_for(
     assert len(given_out) == len(set(given_out))
     assert set(given_out) <= set(allowed)
     each = threads or len(allowed) // count
-    if each and each * count <= len(allowed):
+    if each and each * count < len(allowed):
         assert {name: len(cores) for name, cores in sets.items()} == dict.fromkeys(names, each)
     else:
         assert not sets
@@ -51,6 +51,7 @@ def test_sets_are_disjoint_allowed_and_as_large_as_asked_for(
 
 def test_a_machine_with_too_few_cores_gives_nobody_any() -> None:
     assert not assign_cores((0, 1), WORKERS, 0)
+    assert not assign_cores((0, 1, 2), WORKERS, 1), "nothing is left for the gateway"
     assert not assign_cores((0, 1, 2, 3), WORKERS, 2)
 
 

@@ -44,10 +44,12 @@ def assign_cores(
 ) -> Mapping[str, tuple[int, ...]]:
     """Give each worker cores of its own, neighbours in `allowed`; nobody any if that cannot be.
 
+    One core at least stays free: whatever else runs would take turns with a thread that cannot
+    leave its core.
     `threads`: cores per worker; 0: an even share. The same arguments always give the same sets, so
     a worker that is replaced gets the set that it had.
     """
     each = threads or len(allowed) // max(1, len(workers))
-    if each == 0 or each * len(workers) > len(allowed):
+    if each == 0 or each * len(workers) >= len(allowed):
         return {}
     return {name: tuple(allowed[i * each : (i + 1) * each]) for i, name in enumerate(workers)}
