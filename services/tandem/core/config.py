@@ -153,7 +153,7 @@ class WorkerConfig(_Frozen):
     cpu_affinity: str = Field(
         "auto",
         description="cores of a CPU worker. auto: a set of its own for each worker of the machine, "
-        "if that leaves a core for the rest; off: wherever the kernel puts it; or a list such as 0,2-3",
+        "if that leaves a core for the rest; off: wherever the kernel puts it; or a list: 0,2-3",
     )
     heartbeat_interval: Seconds = Field(
         0.5, description="seconds between heartbeats on every stream"
