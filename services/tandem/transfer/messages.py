@@ -57,6 +57,11 @@ def opened(error: str = "") -> LinkMessage:
     return LinkMessage(opened=worker_pb2.LinkOpened(error=error))
 
 
+def connect() -> LinkMessage:
+    """Both agree and are awake: the opener makes the group now."""
+    return LinkMessage(connect=worker_pb2.LinkConnect())
+
+
 def acknowledgement(sequence_number: int) -> LinkMessage:
     """Every piece up to this one has been dealt with."""
     return LinkMessage(ack=worker_pb2.LinkAck(sequence_number=sequence_number))

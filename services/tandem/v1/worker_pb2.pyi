@@ -980,6 +980,7 @@ class LinkMessage(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     BROKEN_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    CONNECT_FIELD_NUMBER: _builtins.int
     to_opener: _builtins.bool
     """true: sent by the link's receiver to its sender"""
     epoch: _builtins.int
@@ -994,7 +995,7 @@ class LinkMessage(_message.Message):
 
     @_builtins.property
     def announce(self) -> Global___LinkAnnounce:
-        """sender -> receiver: the next piece on the wire"""
+        """sender -> receiver: the next piece on its way"""
 
     @_builtins.property
     def ack(self) -> Global___LinkAck:
@@ -1008,6 +1009,10 @@ class LinkMessage(_message.Message):
     def closed(self) -> Global___LinkClosed:
         """sender -> receiver: evicted while idle"""
 
+    @_builtins.property
+    def connect(self) -> Global___LinkConnect:
+        """sender -> receiver: the answer came, meet me now"""
+
     def __init__(
         self,
         *,
@@ -1019,12 +1024,13 @@ class LinkMessage(_message.Message):
         ack: Global___LinkAck | None = ...,
         broken: Global___LinkBroken | None = ...,
         closed: Global___LinkClosed | None = ...,
+        connect: Global___LinkConnect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "kind", b"kind", "open", b"open", "opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "connect", b"connect", "kind", b"kind", "open", b"open", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "epoch", b"epoch", "kind", b"kind", "open", b"open", "opened", b"opened", "to_opener", b"to_opener"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "connect", b"connect", "epoch", b"epoch", "kind", b"kind", "open", b"open", "opened", b"opened", "to_opener", b"to_opener"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "announce", "ack", "broken", "closed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "announce", "ack", "broken", "closed", "connect"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1172,6 +1178,21 @@ class LinkClosed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinkClosed: _TypeAlias = LinkClosed  # noqa: Y015
+
+@_typing.final
+class LinkConnect(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkConnect: _TypeAlias = LinkConnect  # noqa: Y015
 
 @_typing.final
 class WorkerStatusRequest(_message.Message):
