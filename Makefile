@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-triton lint format proto bench bench-gateway bench-stages bench-micro bench-startup bench-gpu fuzz-kernels bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-gateway bench-stages bench-links bench-micro bench-startup bench-gpu fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +56,9 @@ bench: $(STAMP)  ## disaggregated against colocated serving, one table
 
 bench-gateway: $(STAMP)  ## what the path from a decode worker to a client costs
 	@$(BIN)/python -m benchmarks.gateway $(ARGS)
+
+bench-links: $(STAMP)  ## what a KV link makes of the wire, against bare gloo and memcpy
+	@$(BIN)/python -m benchmarks.links $(ARGS)
 
 bench-stages: $(STAMP)  ## where the time of a request goes before its tokens flow, from traces
 	@$(BIN)/python -m benchmarks.stages $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,16 @@ from tandem.v1 import worker_pb2
 
 
 class Arrival(NamedTuple):
-    """A piece that is received or being received."""
+    """Pieces that are received, or being received, in one send."""
 
-    sequence_number: int
-    piece: PieceRange
+    announced: list[worker_pb2.LinkAnnounce]
     region: Region
     transfer: Transfer
     posted: float
+
+    @property
+    def last_number(self) -> int:
+        return self.announced[-1].sequence_number
 
 
 class Arrivals:
@@ -44,23 +48,23 @@ class Arrivals:
         return self._ring.probe()
 
     def has_room(self, announce: worker_pb2.LinkAnnounce) -> bool:
-        """Whether an announced piece can be received now; else after the next `release`."""
-        return self._ring.has_room(announce.num_layers, announce.num_tokens)
+        """Whether what was announced can be received now; else after the next `release`."""
+        return self._ring.has_room(self._nbytes(announce))
 
     def post(self, announce: worker_pb2.LinkAnnounce, group: LinkGroup) -> None:
-        """Receive an announced piece behind those before it. Raises `LinkError` out of order."""
-        number, expected = announce.sequence_number, self._last_posted + 1
-        if number != expected:
-            raise LinkError(f"piece {number} announced, {expected} was next")
-        region = self._ring.take(announce.num_layers, announce.num_tokens)
+        """Receive announced pieces behind those before. Raises `LinkError` out of order."""
+        announced = [announce, *announce.more]
+        for number, each in enumerate(announced, self._last_posted + 1):
+            if each.sequence_number != number:
+                raise LinkError(f"piece {each.sequence_number} announced, {number} was next")
+        region = self._ring.take(self._nbytes(announce))
         posted = time.monotonic()
-        transfer = group.post_recv(region.wire)
-        self._last_posted = number
-        piece = messages.piece_range(announce)
-        self._posted.append(Arrival(number, piece, region, transfer, posted))
+        transfer = group.post_recv(self._ring.wire(region))
+        self._posted.append(Arrival(announced, region, transfer, posted))
+        self._last_posted = announced[-1].sequence_number
 
     def wait(self) -> tuple[Arrival, float]:
-        """Wait for the oldest piece, which keeps its staging until `release`.
+        """Wait for the oldest send, which keeps its staging until `release`.
 
         Returns it and the seconds that the wire was busy with it. Raises `LinkError`.
         """
@@ -71,12 +75,22 @@ class Arrivals:
         self._arrived_at = now
         return arrival, seconds
 
-    def scatter(self, arrival: Arrival, target: Target) -> None:
+    def pieces(self, arrival: Arrival) -> Iterator[tuple[PieceRange, torch.Tensor]]:
+        """What arrived, and the staging that it is in."""
+        start = arrival.region.start
+        for each in arrival.announced:
+            yield (
+                messages.piece_range(each),
+                self._ring.staged(start, each.num_layers, each.num_tokens),
+            )
+            start += self._ring.nbytes(each.num_layers, each.num_tokens)
+
+    def scatter(self, piece: PieceRange, staged: torch.Tensor, target: Target) -> None:
         """Copy a received piece into blocks."""
-        self._ring.unpack(arrival.piece.first_layer, target.slots, arrival.region, target.written)
+        self._ring.unpack(piece.first_layer, target.slots, staged, target.written)
 
     def release(self) -> None:
-        """The oldest piece has been dealt with."""
+        """The oldest send has been dealt with."""
         self._posted.popleft()
         self._ring.give_back()
 
@@ -85,3 +99,7 @@ class Arrivals:
         self._posted.clear()
         self._ring.discard()
         self._last_posted = 0
+
+    def _nbytes(self, announce: worker_pb2.LinkAnnounce) -> int:
+        pieces = (announce, *announce.more)
+        return sum(self._ring.nbytes(each.num_layers, each.num_tokens) for each in pieces)

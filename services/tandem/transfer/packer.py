@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -17,13 +18,19 @@ from tandem.transfer.staging import Region, StagingRing
 from tandem.transfer.types import Piece
 
 
-@dataclass(slots=True)
-class _Departure:
-    sequence_number: int
+class _Packed(NamedTuple):
     ref: PieceRef
-    region: Region
     began: float
     packed: float
+
+
+@dataclass(slots=True)
+class _Departure:
+    """Pieces that share one send."""
+
+    region: Region
+    pieces: list[_Packed] = field(default_factory=list)
+    last_number: int = 0
     transfer: Transfer | None = None
     posted: float = 0.0
 
@@ -34,6 +41,7 @@ class Packer:
     def __init__(self, context: LinkContext) -> None:
         self._context = context
         self._ring = StagingRing(context.blocks, context.spec)
+        self._filling: _Departure | None = None
         self._departures: deque[_Departure] = deque()
         self._arrived_at = 0.0
 
@@ -43,47 +51,65 @@ class Packer:
 
     def has_room(self, piece: Piece) -> bool:
         """Whether a piece may go ahead of the acknowledgements that are still to come."""
-        return self._ring.has_room(piece.num_layers, len(piece.slots))
+        return self._ring.has_room(self._ring.nbytes(piece.num_layers, len(piece.slots)))
+
+    def may_join(self, piece: Piece) -> bool:
+        """Whether a piece can be packed behind those of the next send, without waiting."""
+        if self._filling is None:
+            return False
+        if piece.ready is not None and not piece.ready.query():  # type: ignore[no-untyped-call]
+            return False
+        nbytes = self._ring.nbytes(piece.num_layers, len(piece.slots))
+        return self._ring.has_room_behind(self._filling.region, nbytes)
 
     def pack(self, outgoing: Outgoing) -> None:
-        """Copy a piece once it is ready; there must be room. Raises what the copy raises."""
+        """Copy a piece into the next send once it is ready; there must be room.
+
+        Raises what the copy raises.
+        """
         piece, began = outgoing.piece, time.monotonic()
-        region = self._ring.take(piece.num_layers, len(piece.slots))
+        nbytes = self._ring.nbytes(piece.num_layers, len(piece.slots))
+        departure = self._filling or _Departure(self._ring.take(nbytes))
+        region = departure.region
+        start = region.end if departure.pieces else region.start
         try:
-            self._ring.pack(piece.first_layer, piece.slots, region, piece.ready)
+            staged = self._ring.staged(start, piece.num_layers, len(piece.slots))
+            self._ring.pack(piece.first_layer, piece.slots, staged, piece.ready)
         except Exception:
-            self._ring.take_back()
+            if not departure.pieces:
+                self._ring.take_back()
             raise
-        self._departures.append(
-            _Departure(
-                outgoing.sequence_number, messages.ref(piece), region, began, time.monotonic()
-            )
-        )
+        region.end = start + nbytes
+        departure.pieces.append(_Packed(messages.ref(piece), began, time.monotonic()))
+        departure.last_number = outgoing.sequence_number
+        self._filling = departure
 
     def send(self, group: LinkGroup) -> None:
-        """Put the piece that was packed last on the wire, behind those before it, and return."""
-        departure = self._departures[-1]
+        """Put what was packed on the wire, behind what went before it, and return."""
+        departure, self._filling = self._filling, None
+        if departure is None:
+            return
+        self._departures.append(departure)
+        wire = self._ring.wire(departure.region)
         departure.posted = time.monotonic()
-        departure.transfer = group.post_send(departure.region.wire)
-        self._context.counters.sent(departure.region.wire.numel())
+        departure.transfer = group.post_send(wire)
+        self._context.counters.sent(wire.numel(), len(departure.pieces))
 
     def acknowledged(self, sequence_number: int) -> None:
         """The peer has every piece up to this one: their staging is free. Raises `LinkError`."""
         context, now = self._context, time.monotonic()
-        while self._departures and self._departures[0].sequence_number <= sequence_number:
+        while self._departures and self._departures[0].last_number <= sequence_number:
             departure = self._departures.popleft()
             if departure.transfer is not None:
                 departure.transfer.wait(context.config.transfer_timeout)
             self._ring.give_back()
-            on_wire = max(0.0, now - max(departure.posted, self._arrived_at))
+            context.counters.acknowledged(max(0.0, now - max(departure.posted, self._arrived_at)))
             self._arrived_at = now
-            context.counters.acknowledged(on_wire)
-            context.trace.sent(
-                context.peer_name, departure.ref, departure.began, departure.packed,
-                departure.posted,
-            )  # fmt: skip
+            for ref, began, packed in departure.pieces:
+                context.trace.sent(context.peer_name, ref, began, packed, departure.posted)
 
     def discard(self) -> None:
         """The epoch is over: forget what is on its way; the ledger sends it again."""
+        self._filling = None
         self._departures.clear()
         self._ring.discard()

@@ -16,10 +16,10 @@ import torch
 
 from tandem.core.errors import PeerMismatchError
 from tandem.transfer import messages
-from tandem.transfer.arrivals import Arrival, Arrivals
+from tandem.transfer.arrivals import Arrivals
 from tandem.transfer.context import LinkContext, ended
 from tandem.transfer.group import LinkError, LinkGroup
-from tandem.transfer.receive_ledger import ReceiveLedger, RejectedPieceError
+from tandem.transfer.receive_ledger import PieceRange, ReceiveLedger, RejectedPieceError
 from tandem.transfer.spec import check_kv_spec
 from tandem.v1 import worker_pb2
 
@@ -244,27 +244,29 @@ class ReceiveLink:
             self._post(message.announce)
 
     def _land(self) -> None:
-        """Wait for the oldest piece, put it where it belongs, acknowledge it."""
+        """Wait for the oldest send, put its pieces where they belong, acknowledge them."""
         arrival, seconds = self._arrivals.wait()
         self._post_announced()
-        landed = self._scatter(arrival, seconds)
+        share = seconds / len(arrival.announced)
+        for piece, staged in self._arrivals.pieces(arrival):
+            landed = self._scatter(piece, staged, share)
+            self._context.counters.received(staged.nbytes, share, landed=landed)
         self._arrivals.release()
-        self._context.counters.received(arrival.region.wire.numel(), seconds, landed=landed)
-        self._control(self._open_epoch, messages.acknowledgement(arrival.sequence_number))
+        self._control(self._open_epoch, messages.acknowledgement(arrival.last_number))
 
-    def _scatter(self, arrival: Arrival, seconds: float) -> bool:
+    def _scatter(self, piece: PieceRange, staged: torch.Tensor, seconds: float) -> bool:
         """Write a received piece into its leg's blocks. False if it was not wanted, or failed."""
         landed = False
-        context, piece = self._context, arrival.piece
+        context = self._context
         try:
             with self._changed:
                 target = self._ledger.begin(piece)
             if target is None:
                 return False
-            self._arrivals.scatter(arrival, target)
+            self._arrivals.scatter(piece, staged, target)
             landed = True
             context.trace.landed(context.peer_name, messages.ref_of_range(piece))
-            context.events.piece_landed(*piece, seconds, arrival.region.wire.numel())
+            context.events.piece_landed(*piece, seconds, staged.nbytes)
         except Exception as error:
             reason = f"KV could not be scattered: {error}"
             if isinstance(error, RejectedPieceError):

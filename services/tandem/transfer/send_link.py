@@ -145,18 +145,31 @@ class SendLink:
             if acknowledged > released:
                 self._packer.acknowledged(acknowledged)
                 released = acknowledged
-            if outgoing is not None and self._pack(outgoing):
-                self._packer.send(group)
+            if outgoing is not None:
+                self._send_from(outgoing, group)
+
+    def _send_from(self, outgoing: Outgoing | None, group: LinkGroup) -> None:
+        """Pack a piece and what is ready behind it, and announce and post it as one send.
+
+        Small pieces that wait cost one send and one message together, and none waits for others.
+        """
+        batch = []
+        while outgoing is not None:
+            if self._pack(outgoing):
+                batch.append(outgoing)
+            outgoing = self._state.piece_behind(self._packer.may_join)
+        if batch:
+            self._control(messages.announcement(batch))
+            self._packer.send(group)
 
     def _pack(self, outgoing: Outgoing) -> bool:
-        """Pack and announce a piece. False: it could not be packed, and its leg fails."""
+        """False: the piece could not be packed, and its leg fails."""
         try:
             self._packer.pack(outgoing)
         except Exception as error:
             self._abandon(error)
             return False
         self._state.update(lambda ledger: ledger.end_read())
-        self._control(messages.announcement(outgoing))
         return True
 
     def _abandon(self, error: Exception) -> None:

@@ -178,6 +178,13 @@ class SendState:
                     raise LinkError(f"no piece was acknowledged for {patience:g} s")
                 self._changed.wait(left)
 
+    def piece_behind(self, may_join: Callable[[Piece], bool]) -> Outgoing | None:
+        """The next piece, if there is one that may travel with the one before."""
+        with self._changed:
+            if self._give_way or not self._ledger.has_queued:
+                return None
+            return self._ledger.begin() if may_join(self._ledger.first_queued) else None
+
     def abandon(self, reason: str) -> list[int]:
         """The piece of the last `next_piece` could not be packed. Returns the legs that fail."""
         with self._changed:

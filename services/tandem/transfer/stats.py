@@ -34,11 +34,11 @@ class TransferCounters:
         self._lock = threading.Lock()
         self._stats = TransferStats()
 
-    def sent(self, nbytes: int) -> None:
+    def sent(self, nbytes: int, pieces: int) -> None:
         with self._lock:
             now = self._stats
             self._stats = replace(
-                now, bytes_sent=now.bytes_sent + nbytes, pieces_sent=now.pieces_sent + 1
+                now, bytes_sent=now.bytes_sent + nbytes, pieces_sent=now.pieces_sent + pieces
             )
 
     def acknowledged(self, seconds: float) -> None:

@@ -1098,6 +1098,7 @@ class LinkAnnounce(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """consecutive within an epoch"""
     leg_id: _builtins.int
@@ -1106,6 +1107,10 @@ class LinkAnnounce(_message.Message):
     num_layers: _builtins.int
     start: _builtins.int
     num_tokens: _builtins.int
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkAnnounce]:
+        """pieces that follow in the same send, in order"""
+
     def __init__(
         self,
         *,
@@ -1116,10 +1121,11 @@ class LinkAnnounce(_message.Message):
         num_layers: _builtins.int = ...,
         start: _builtins.int = ...,
         num_tokens: _builtins.int = ...,
+        more: _abc.Iterable[Global___LinkAnnounce] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "first_layer", b"first_layer", "leg_id", b"leg_id", "num_layers", b"num_layers", "num_tokens", b"num_tokens", "sequence_number", b"sequence_number", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "first_layer", b"first_layer", "leg_id", b"leg_id", "more", b"more", "num_layers", b"num_layers", "num_tokens", b"num_tokens", "sequence_number", b"sequence_number", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
