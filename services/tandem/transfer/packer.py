@@ -93,7 +93,10 @@ class Packer:
         wire = self._ring.wire(departure.region)
         departure.posted = time.monotonic()
         departure.transfer = group.post_send(wire)
-        self._context.counters.sent(wire.numel(), len(departure.pieces))
+        context = self._context
+        context.counters.sent(wire.numel(), len(departure.pieces))
+        for ref, began, packed in departure.pieces:
+            context.trace.sent(context.peer_name, ref, began, packed, departure.posted)
 
     def acknowledged(self, sequence_number: int) -> None:
         """The peer has every piece up to this one: their staging is free. Raises `LinkError`."""
@@ -105,8 +108,6 @@ class Packer:
             self._ring.give_back()
             context.counters.acknowledged(max(0.0, now - max(departure.posted, self._arrived_at)))
             self._arrived_at = now
-            for ref, began, packed in departure.pieces:
-                context.trace.sent(context.peer_name, ref, began, packed, departure.posted)
 
     def discard(self) -> None:
         """The epoch is over: forget what is on its way; the ledger sends it again."""
