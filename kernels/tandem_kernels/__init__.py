@@ -27,6 +27,7 @@ from tandem_kernels.logprobs import TopLogprobs, top_logprobs
 from tandem_kernels.ragged_batch import RaggedBatch
 from tandem_kernels.rotary import rotary_tables
 from tandem_kernels.sampling import REFERENCE_CHOICE
+from tandem_kernels.upload import upload
 
 __all__ = [
     "REFERENCE",
@@ -52,4 +53,5 @@ __all__ = [
     "top_logprobs",
     "truncate_logits",
     "uniform_bits",
+    "upload",
 ]

@@ -77,8 +77,16 @@ def operations(device_type: str) -> Operations:
 
 
 def implementation(device: torch.device | str) -> str:
-    """Return the name of what runs on `device`, for people to read."""
-    return operations(torch.device(device).type).name
+    """Return the name of what runs on `device`, for people to read.
+
+    On CUDA it may grow once the first prompt is computed: see `flashinfer_attention`.
+    """
+    name = operations(torch.device(device).type).name
+    if name.startswith("Triton"):
+        from tandem_kernels import triton
+
+        return ", ".join(filter(None, (name, triton.describe_chunk_kernels())))
+    return name
 
 
 def runs_compiled_decoder(device: torch.device | str) -> bool:

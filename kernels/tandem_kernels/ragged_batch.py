@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tandem_kernels.upload import upload
+
 
 @dataclass(frozen=True, eq=False)
 class RaggedBatch:
@@ -52,20 +54,30 @@ class RaggedBatch:
         """Lay out tokens [start, start + length) of each sequence. Tables must cover them all."""
         first = np.asarray(starts, dtype=np.int64)
         counts = np.asarray(lengths, dtype=np.int64)
-        ends = first + counts
-        tables = _padded_tables(block_tables, -(-ends // block_size))
-        query_starts = np.concatenate(([0], np.cumsum(counts)))
-        sequence_of_row = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(query_starts[-1]) + np.repeat(first - query_starts[:-1], counts)
-        blocks = tables[sequence_of_row, positions // block_size]
-        slots = blocks * block_size + positions % block_size
+        tables = _padded_tables(block_tables, -(-(first + counts) // block_size))
+        return cls.over(upload(tables, device), first, counts, block_size)
+
+    @classmethod
+    def over(
+        cls,
+        block_tables: Tensor,
+        starts: np.ndarray[tuple[int], np.dtype[np.int64]],
+        lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
+        block_size: int,
+    ) -> RaggedBatch:
+        """As `build`, over tables that are on the device already, int64 [S, widest table]."""
+        query_starts = np.concatenate(([0], np.cumsum(lengths)))
+        sequence_of_row = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.arange(query_starts[-1]) + np.repeat(starts - query_starts[:-1], lengths)
+        index = upload(np.stack((positions, sequence_of_row)), block_tables.device)
+        blocks = block_tables[index[1], index[0] // block_size]
         return cls(
             query_starts=tuple(query_starts.tolist()),
-            context_lens=tuple(ends.tolist()),
-            block_tables=torch.from_numpy(tables).to(device),
+            context_lens=tuple((starts + lengths).tolist()),
+            block_tables=block_tables,
             block_size=block_size,
-            positions=torch.from_numpy(positions).to(device),
-            slots=torch.from_numpy(slots).to(device),
+            positions=index[0],
+            slots=blocks * block_size + index[0] % block_size,
         )
 
 

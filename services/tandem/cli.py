@@ -14,6 +14,8 @@ from tandem import __version__
 from tandem.commands.call import call
 from tandem.commands.chat import chat
 from tandem.commands.cluster import down, gateway, serve, up
+from tandem.commands.plan import plan
+from tandem.commands.profile import profile
 from tandem.commands.show_config import config
 from tandem.commands.simulate import simulate
 from tandem.commands.status import status
@@ -41,7 +43,21 @@ def version() -> None:
     typer.echo(f"python {platform.python_version()}")
 
 
-for command in (serve, up, down, gateway, status, chat, call, config, simulate, trace, version):
+for command in (
+    serve,
+    up,
+    down,
+    gateway,
+    status,
+    chat,
+    call,
+    config,
+    profile,
+    simulate,
+    plan,
+    trace,
+    version,
+):
     app.command()(command)
 
 

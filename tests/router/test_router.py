@@ -163,9 +163,9 @@ def test_ten_routers_do_not_herd_onto_the_one_idle_worker(policy: RoutingPolicy)
 def test_prefix_index_forgets_deeper_blocks_before_their_parents() -> None:
     index = PrefixIndex(capacity=10)
     old, new = chain_hashes(range(10), 1), chain_hashes(range(100, 104), 1)
-    index.record(old)
-    index.record(new)
-    assert (index.match(old), index.match(new)) == (6, 4)
+    index.record(0, old)
+    index.record(0, new)
+    assert (index.match(0, old), index.match(0, new)) == (6, 4)
 
 
 def test_other_routers_load_is_taken_from_reports() -> None:

@@ -137,18 +137,31 @@ def test_no_worker_is_ahead_by_more_than_the_bonus_and_one_request(
         assert max(loads) - min(loads) <= heaviest + weight * bonus
 
 
-@given(chains=st.lists(st.tuples(PROMPTS, st.booleans()), max_size=20), capacity=st.integers(1, 12))
+@given(
+    chains=st.lists(
+        st.tuples(PROMPTS, st.integers(0, 10), st.sampled_from(["record", "look", "forget"])),
+        max_size=30,
+    ),
+    capacity=st.integers(1, 12),
+)
 def test_prefix_index_is_bounded_and_keeps_the_latest_run(
-    chains: list[tuple[list[int], bool]], capacity: int
+    chains: list[tuple[list[int], int, str]], capacity: int
 ) -> None:
     index = PrefixIndex(capacity)
-    for tokens, recorded in chains:
+    for tokens, worker, event in chains:
         hashes = chain_hashes(tokens, 2)
-        if recorded:
-            index.record(hashes)
-            assert index.match(hashes) == min(len(hashes), capacity)
-        assert len(index) <= capacity
-        assert 0 <= index.match(hashes) <= len(hashes)
+        if event == "record":
+            index.record(worker, hashes)
+            assert index.match(worker, hashes) == min(len(hashes), capacity)
+        elif event == "forget":
+            index.forget(worker)
+            assert index.match(worker, hashes) == 0
+        assert index.num_known(worker) <= capacity
+        matches = [index.match(number, hashes) for number in range(11)]
+        assert index.depths(hashes, 11).tolist() == matches
+    for worker in range(11):
+        index.forget(worker)
+    assert index._holders == {}, "hashes that nobody holds are kept"
 
 
 @given(

@@ -2,6 +2,7 @@
 
 The simulated worker below does what a real one does around the scheduler, remote prefills included,
 and keeps the content of every block, so that it sees a block written by two or read while wrong.
+With `ahead`, it plans each iteration while the one before is under way, as the pipeline does.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Worker:
 
     scheduler: Scheduler
     block_size: int
+    ahead: bool = False
+    under_way: list[IterationPlan] = field(default_factory=list)
     details: dict[Sequence, Arrival] = field(default_factory=dict)
     content: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     legs: dict[str, tuple[list[int], int]] = field(default_factory=dict)  # leg -> blocks, until
@@ -93,13 +96,12 @@ class Worker:
         if self.scheduler.config.policy == "chunked_prefill":
             self.check_default_plan(plan, waiting_before)
         assert first not in plan.preempted or len(self.scheduler.running) == 0
-        self.scheduler.measured(plan, 0.01 + 0.001 * plan.num_tokens)
-        samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        for chunk in plan.chunks:
-            self.compute(chunk)
-        self.scheduler.advance(plan)
-        for seq in samplers:
-            self.sample(seq)
+        if self.ahead:
+            self.scheduler.launch(plan)
+        self.under_way.append(plan)
+        keep = int(self.ahead and bool(plan.chunks) and not self.scheduler.must_settle)
+        while len(self.under_way) > keep:
+            self.settle(self.under_way.pop(0))
         for seq in plan.preempted:
             seq.remote = self.details[seq].remote and seq.arrival % 2 == 0
             self.scheduler.add(seq)
@@ -112,6 +114,17 @@ class Worker:
         assert self.scheduler.num_unused_slots <= sequences * (size - 1)
         return plan
 
+    def settle(self, plan: IterationPlan) -> None:
+        """The end of an iteration: KV is written, tokens come out, for some there is no reader."""
+        for chunk in plan.chunks:
+            self.compute(chunk)
+        self.scheduler.measured(plan, 0.01 + 0.001 * plan.num_tokens)
+        self.scheduler.advance(plan)
+        for chunk in plan.chunks:
+            if chunk.samples and chunk.sequence.phase == "running":
+                assert chunk.end == chunk.sequence.num_tokens, "a token is lost or comes twice"
+                self.sample(chunk.sequence)
+
     def check_plan(self, plan: IterationPlan) -> None:
         """What holds under every policy."""
         config = self.scheduler.config
@@ -122,7 +135,8 @@ class Worker:
         for chunk in plan.chunks:
             assert chunk.length >= 1
             assert chunk.start == chunk.sequence.num_computed
-            assert chunk.end <= chunk.sequence.num_tokens
+            assert chunk.end <= chunk.sequence.num_tokens + chunk.sequence.num_in_flight
+            assert chunk.end < chunk.sequence.request.max_len, "its end was known ahead"
             assert chunk.end <= len(chunk.sequence.block_table) * self.block_size
             assert chunk.sequence.phase == "running"
         assert not set(plan.preempted) & (set(planned) | set(plan.admitted))
@@ -141,6 +155,9 @@ class Worker:
     def compute(self, chunk: ScheduledChunk) -> None:
         """Write the KV of a chunk; everything before it must be there and be this sequence's."""
         seq = chunk.sequence
+        if not seq.block_table:
+            assert not self.ahead, "blocks of an iteration under way were given back"
+            return
         for position in range(chunk.start):
             assert self.content[self.slot(seq, position)] == tuple(seq.token_ids[: position + 1])
         self.write(seq, chunk.start, chunk.end)
@@ -191,7 +208,10 @@ class Worker:
 def simulate(worker: Worker, arrivals: list[Arrival]) -> list[Sequence]:
     """Run until everything has ended; the bound on steps is far above any honest run."""
     pending = sorted(enumerate(arrivals), key=lambda item: item[1].step)
-    while pending or worker.scheduler.num_waiting or worker.scheduler.num_running or worker.legs:
+    scheduler = worker.scheduler
+    while (
+        pending or scheduler.num_waiting or scheduler.num_running or worker.legs or worker.under_way
+    ):
         while pending and pending[0][1].step <= worker.now:
             worker.submit(*pending.pop(0))
         for seq, details in worker.details.items():
@@ -204,7 +224,12 @@ def simulate(worker: Worker, arrivals: list[Arrival]) -> list[Sequence]:
 
 
 def make_worker(
-    num_blocks: int, block_size: int, prefix_cache: bool, policy: str = "", **limits: int
+    num_blocks: int,
+    block_size: int,
+    prefix_cache: bool,
+    policy: str = "",
+    ahead: bool = False,
+    **limits: int,
 ) -> Worker:
     pool = BlockPool(num_blocks, block_size, prefix_cache)
     config = SchedulerConfig(
@@ -218,7 +243,7 @@ def make_worker(
         itl_objective=0.02,
         **limits,
     )
-    return Worker(Scheduler(config, pool, MAX_MODEL_LEN), block_size)
+    return Worker(Scheduler(config, pool, MAX_MODEL_LEN), block_size, ahead)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -230,6 +255,7 @@ def make_worker(
     max_batch_tokens=st.integers(1, 24),
     chunk_size=st.integers(1, 12),
     max_running=st.integers(1, 8),
+    ahead=st.booleans(),
 )
 @settings(max_examples=50)
 def test_every_admitted_request_ends_and_nothing_leaks(
@@ -241,6 +267,7 @@ def test_every_admitted_request_ends_and_nothing_leaks(
     max_batch_tokens: int,
     chunk_size: int,
     max_running: int,
+    ahead: bool,
 ) -> None:
     longest = max(min(a.prompt_len + a.max_tokens, MAX_MODEL_LEN) for a in arrivals)
     worker = make_worker(
@@ -248,6 +275,7 @@ def test_every_admitted_request_ends_and_nothing_leaks(
         block_size,
         prefix_cache,
         policy,
+        ahead,
         max_batch_tokens=max_batch_tokens,
         chunk_size=chunk_size,
         max_running=max_running,
@@ -261,17 +289,23 @@ def test_every_admitted_request_ends_and_nothing_leaks(
         assert seq.phase == "finished"
         if seq.finish_reason == "length":
             assert seq.num_tokens == min(seq.request.max_len, MAX_MODEL_LEN)
+            drawn = range(seq.request.prompt_len, seq.num_tokens)
+            assert seq.token_ids[seq.request.prompt_len :] == [100 + n % 5 for n in drawn]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@given(arrivals=st.lists(ARRIVALS, min_size=1, max_size=8), spare_blocks=st.integers(0, 4))
+@given(
+    arrivals=st.lists(ARRIVALS, min_size=1, max_size=8),
+    spare_blocks=st.integers(0, 4),
+    ahead=st.booleans(),
+)
 @settings(max_examples=15)
 def test_the_same_arrivals_give_the_same_plans(
-    policy: str, arrivals: list[Arrival], spare_blocks: int
+    policy: str, arrivals: list[Arrival], spare_blocks: int, ahead: bool
 ) -> None:
     def trace() -> list[tuple[int, int, int, tuple[int, ...]]]:
         limits = {"max_batch_tokens": 8, "chunk_size": 4, "max_running": 4}
-        worker = make_worker(11 + spare_blocks, 4, True, policy, **limits)
+        worker = make_worker(11 + spare_blocks, 4, True, policy, ahead, **limits)
         recorded: list[tuple[int, int, int, tuple[int, ...]]] = []
         compute = worker.compute
 
@@ -287,12 +321,13 @@ def test_the_same_arrivals_give_the_same_plans(
     assert trace() == trace()
 
 
-def test_a_tiny_pool_preempts_again_and_again_and_still_finishes_everything() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_tiny_pool_preempts_again_and_again_and_still_finishes_everything(ahead: bool) -> None:
     arrivals = [
         Arrival(0, 8, 14, 0, remote, 0, None, 3, None, False)
         for remote in (False, True, False, True, False, False)
     ]
-    worker = make_worker(13, 2, True, max_batch_tokens=8, chunk_size=4, max_running=6)
+    worker = make_worker(13, 2, True, ahead=ahead, max_batch_tokens=8, chunk_size=4, max_running=6)
     preempted = 0
     step = worker.step
 

@@ -10,7 +10,11 @@ import triton
 
 from tandem_kernels.triton.gumbel import gumbel_noise, uniform_bits
 from tandem_kernels.triton.kv_pack import kv_pack, kv_unpack, kv_write
-from tandem_kernels.triton.paged_attention import AttentionPlan, paged_attention
+from tandem_kernels.triton.paged_attention import (
+    AttentionPlan,
+    describe_chunk_kernels,
+    paged_attention,
+)
 from tandem_kernels.triton.rms_norm import add_rms_norm, rms_norm
 from tandem_kernels.triton.rotary import apply_rotary, rotary_kv_write
 from tandem_kernels.triton.sampling import sample_tokens, truncate_logits
@@ -44,6 +48,7 @@ __all__ = [
     "add_rms_norm",
     "apply_rotary",
     "describe",
+    "describe_chunk_kernels",
     "gumbel_noise",
     "kv_pack",
     "kv_unpack",

@@ -1,8 +1,8 @@
 """Causal attention of a ragged batch over KV held in blocks: which kernel takes which rows.
 
-Decode rows (one query) go to `decode_attention`, prompt chunks to `chunk_attention`. What follows
-from the batch alone is worked out once, as an `AttentionPlan`, and kept in `RaggedBatch.derived`
-for the iteration's other layers.
+Decode rows (one query) go to `decode_attention`, prompt chunks to `chunk_attention`, or to
+FlashInfer where a measurement at the first chunk found it faster. What follows from the batch alone
+is worked out once, as an `AttentionPlan`, and kept in `RaggedBatch.derived` for the other layers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
+from tandem_kernels import flashinfer_attention
 from tandem_kernels.ragged_batch import RaggedBatch
 from tandem_kernels.triton.chunk_attention import chunk_attention, queries_per_tile
 from tandem_kernels.triton.decode_attention import decode_attention
 
 _KEY = "triton.paged_attention"
+_flashinfer: dict[tuple[object, ...], bool] = {}
+"""Whether FlashInfer attends prompt chunks, by type of query and KV."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,20 +126,52 @@ def paged_attention(
             window,
         )
     if len(plan.tile_sequences):
-        chunk_attention(
-            query,
-            key_cache,
-            value_cache,
-            batch.block_tables,
-            (plan.tile_sequences, plan.tile_offsets, plan.tile_size),
-            plan.query_starts,
-            plan.query_lens,
-            plan.context_lens,
-            output,
-            scale,
-            window,
-        )
+        attend = _choose_chunk_kernel(query, key_cache)
+        chunks = [i for i, (row, end) in enumerate(pairwise(batch.query_starts)) if end - row > 1]
+        attend(query, key_cache, value_cache, batch, chunks, output, scale, window)
     return output
+
+
+def describe_chunk_kernels() -> str:
+    """What attends prompt chunks beside our own kernel, for people to read; empty: nothing."""
+    return flashinfer_attention.describe() if any(_flashinfer.values()) else ""
+
+
+def _choose_chunk_kernel(query: Tensor, key_cache: Tensor) -> flashinfer_attention.Attend:
+    if not flashinfer_attention.is_candidate(query):
+        return _attend_chunks
+    kind = (query.device, query.dtype, query.shape[1:], key_cache.dtype, key_cache.shape[1:])
+    if kind not in _flashinfer:
+        faster = flashinfer_attention.is_faster(query, key_cache, _attend_chunks)
+        _flashinfer[kind] = faster
+    return flashinfer_attention.attend_chunks if _flashinfer[kind] else _attend_chunks
+
+
+def _attend_chunks(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: RaggedBatch,
+    chunks: list[int],
+    output: Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
+    """Our own kernel, with the signature of `flashinfer_attention.attend_chunks`."""
+    plan = AttentionPlan.of(batch, query)
+    chunk_attention(
+        query,
+        key_cache,
+        value_cache,
+        batch.block_tables,
+        (plan.tile_sequences, plan.tile_offsets, plan.tile_size),
+        plan.query_starts,
+        plan.query_lens,
+        plan.context_lens,
+        output,
+        scale,
+        window,
+    )
 
 
 def _upload(columns: list[list[int] | tuple[int, ...]], device: torch.device) -> list[Tensor]:

@@ -6,9 +6,6 @@ the kernels neither write KV nor read any.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,42 +25,26 @@ class StaticDecodeBatch:
         self.max_tokens = max_tokens
         self._block_size = block_size
         width = -(-max_tokens // block_size)
-        pinned = device.type == "cuda"
         self._columns = torch.zeros((4, max_rows), dtype=torch.int64, device=device)
+        self._columns[_SLOT] = -1
         self._tables = torch.zeros((max_rows, width), dtype=torch.int64, device=device)
-        self._host_columns = torch.zeros((4, max_rows), dtype=torch.int64, pin_memory=pinned)
-        self._host_tables = torch.zeros(max_rows * width, dtype=torch.int64, pin_memory=pinned)
         self._rows = torch.arange(max_rows, dtype=torch.int32, device=device)
         self._ones = torch.ones(max_rows, dtype=torch.int32, device=device)
         self._none = torch.zeros(0, dtype=torch.int32, device=device)
-        self.fill([], [], [])
 
-    def fill(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-    ) -> None:
-        """Lay the next iteration out. The device must have finished reading the last one."""
-        count = len(token_ids)
-        columns = self._host_columns.numpy()
-        columns[:, :] = np.array([[0], [0], [-1], [0]])
-        if count:
-            size = self._block_size
-            at = np.asarray(positions, dtype=np.int64)
-            width = int(at.max()) // size + 1
-            tables = self._host_tables[: count * width].view(count, width)
-            rows = tables.numpy()
-            for row, table, last in zip(rows, block_tables, (at // size).tolist(), strict=True):
-                row[: last + 1] = table[: last + 1]
-                row[last + 1 :] = table[0]
-            columns[_TOKEN, :count] = token_ids
-            columns[_POSITION, :count] = at
-            columns[_SLOT, :count] = rows[np.arange(count), at // size] * size + at % size
-            columns[_CONTEXT, :count] = at + 1
-            on_device = tables.to(self._tables.device, non_blocking=True)
-            self._tables[:count, :width].copy_(on_device)
-        self._columns.copy_(self._host_columns, non_blocking=True)
+    def fill(self, token_ids: Tensor, batch: RaggedBatch) -> None:
+        """Lay the next iteration out, from tensors on the device: one token of each sequence.
+
+        Queued behind the last iteration that reads the buffers; nothing comes from the host.
+        """
+        count, width = batch.block_tables.shape
+        self._tables[:count, :width].copy_(batch.block_tables)
+        self._columns[_TOKEN, :count] = token_ids
+        self._columns[_POSITION, :count] = batch.positions
+        self._columns[_SLOT, :count] = batch.slots
+        self._columns[_CONTEXT, :count] = batch.positions + 1
+        self._columns[:, count:] = 0
+        self._columns[_SLOT, count:] = -1
 
     def token_ids(self, rows: int) -> Tensor:
         """int64 [rows]"""

@@ -48,6 +48,15 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def penalises(self) -> bool:
+        """Whether a draw depends on which tokens were drawn before it."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
     def validate(self, vocab_size: int) -> None:
         """Raise `InvalidRequestError` naming the first field that is out of range."""
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")

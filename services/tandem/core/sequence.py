@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tandem.core.request import FinishReason, Request
 
@@ -22,8 +22,10 @@ class Sequence:
            |               preempted
            +--admit (remote)--> receiving --KV landed--> running
 
-    `token_ids[:num_computed]` have their KV in `block_table`; everything after is still to be
-    computed. Behaviour that changes a sequence lives in the scheduler.
+    `token_ids[:num_computed]` have their KV in `block_table`, or get it in an iteration under way;
+    everything after is still to be computed. An iteration under way may also draw tokens that are
+    not in `token_ids` yet: they are *in flight*. Behaviour that changes a sequence lives in the
+    scheduler.
     """
 
     request: Request
@@ -36,6 +38,10 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the full blocks of `token_ids` hashed so far."""
     num_computed: int = 0
+    num_in_flight: int = 0
+    """Tokens that iterations under way will draw and after which the sequence can go on."""
+    num_under_way: int = 0
+    """Iterations under way that write its blocks: until they have ended, these are not free."""
     num_cached: int = 0
     """Tokens found in the prefix cache when it was last admitted."""
     arrived_at: float = 0.0
@@ -55,8 +61,11 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose KV is still missing: 1 for a sequence that decodes."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens whose KV no iteration has computed or is computing: 1 for a sequence that decodes.
+
+        A token in flight counts: it can be the input of an iteration before anybody here knows it.
+        """
+        return len(self.token_ids) + self.num_in_flight - self.num_computed
 
     @property
     def num_output_tokens(self) -> int:
@@ -68,22 +77,34 @@ class Sequence:
         return (self.request.priority, self.arrival)
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
-    """Tokens [start, start + length) of a sequence, to be computed in one iteration."""
-
+class _ChunkFields(NamedTuple):
     sequence: Sequence
     start: int
     length: int
+    samples: bool
+    """Whether it ends with the sequence's last token as of the plan, so that one is drawn."""
+    input_in_flight: bool
+    """Whether its only token is drawn by the iteration before: the engine takes it from there."""
+
+
+class ScheduledChunk(_ChunkFields):
+    """Tokens [start, start + length) of a sequence, to be computed in one iteration.
+
+    What follows from the sequence's tokens is settled when the chunk is made: by the time that the
+    iteration ends, the sequence may have grown.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, sequence: Sequence, start: int, length: int) -> ScheduledChunk:
+        known = len(sequence.token_ids)
+        end = start + length
+        samples = end == known + sequence.num_in_flight
+        return tuple.__new__(cls, (sequence, start, length, samples, end > known))
 
     @property
     def end(self) -> int:
         return self.start + self.length
-
-    @property
-    def samples(self) -> bool:
-        """Whether this chunk ends with the last known token, so that the next one is drawn."""
-        return self.end == self.sequence.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
 
 import grpc.aio
 import structlog
@@ -21,7 +20,10 @@ from tandem.core.sequence import IterationPlan, Sequence
 from tandem.core.stopping import finish_reason
 from tandem.decode.active import ActiveRequest
 from tandem.decode.handoff import Handoff
+from tandem.decode.lending import Lender
 from tandem.decode.sessions import DecodeService, GatewaySession
+from tandem.engine import IterationOutput
+from tandem.router.lending import local_prefill_limit
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import (
     error_to_failed,
@@ -29,6 +31,8 @@ from tandem.wire import (
     position_logprobs_to_proto,
     request_from_submit,
 )
+from tandem.worker.pipeline import Pipeline
+from tandem.worker.ranks import RankAddress
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 
 log = structlog.get_logger(__name__)
@@ -48,10 +52,17 @@ class DecodeWorker:
         self._sessions: set[GatewaySession] = set()
         self._arrivals = itertools.count()
 
+    @property
+    def rank_address(self) -> RankAddress | None:
+        """Where the worker's other ranks join; None if it has only one."""
+        return self._runtime.rank_address
+
     def start(self) -> WorkerEndpoint:
         """Load, warm up and serve. Raises `ModelLoadError`."""
         self._runtime.load()
         self._handoff = Handoff(self._runtime, self)
+        self._pipeline = Pipeline(self._runtime, self)
+        self._lender = Lender(self._runtime, self._handoff, self)
         return self._runtime.serve(self)
 
     def stop(self) -> None:
@@ -108,17 +119,24 @@ class DecodeWorker:
     # -- the loop
 
     def step(self) -> bool:
-        """Schedule, run, hand out. Returns whether anything changed."""
+        """Schedule and launch an iteration, hand out the one before it. Returns whether anything
+        changed."""
+        self._lender.rebalance()
         self._flush()  # first tokens that prefill workers sampled need not wait for this iteration
         plan = self._runtime.scheduler.schedule(time.monotonic())
         for sequence in plan.preempted:
             self._preempted(self._by_sequence[sequence])
         for sequence in plan.admitted:
             self._admitted(self._by_sequence[sequence])
+        if self._runtime.scheduler.num_waiting:
+            self._lender.keep_where_it_is()
+        settled = self._pipeline.run(plan)
         if plan.chunks:
-            self._runtime.iterate(plan, lambda: self._run(plan))
+            # Without a prompt anywhere there is nothing to move: decoding alone costs nothing here.
+            has_prompts = plan.num_tokens > len(plan.chunks) or self._handoff.has_legs
+            self._lender.news |= has_prompts or self._runtime.scheduler.num_waiting > 0
         self._flush()
-        return bool(plan.chunks or plan.preempted or plan.admitted)
+        return bool(settled or plan.chunks or plan.preempted or plan.admitted)
 
     def tick(self) -> None:
         """Apply the deadlines of the queue, of a prefill elsewhere and of a reassignment."""
@@ -143,6 +161,9 @@ class DecodeWorker:
         self._handoff.close()
 
     # -- what the hand-over says
+
+    def news(self) -> None:
+        self._lender.news = True
 
     def enqueue(self, active: ActiveRequest) -> None:
         """Let a request wait for blocks; a full queue is its end here."""
@@ -201,9 +222,25 @@ class DecodeWorker:
     def _prefill(self, active: ActiveRequest) -> None:
         """Send a sequence where the KV of its tokens is to be made."""
         sequence = active.sequence
-        if active.target is not None and self._is_worth_remote(sequence):
+        have = sequence.num_computed or self._runtime.scheduler.peek_cached(sequence)
+        is_here = active.target is None or not self._is_worth_remote(sequence.num_tokens - have)
+        if self._lender.is_sooner_elsewhere(active, have, is_here=is_here):
+            is_here = not is_here
+            active.is_lent = is_here
+            self._runtime.count_lent(0, requests=int(is_here))
+        if sequence.block_table and not self._runtime.scheduler.has_room(sequence):
+            is_here = True  # KV of all its tokens could not come back
+        if active.target is not None and not is_here:
             self._handoff.begin(active, active.target)
-            return
+        else:
+            self.compute_here(active)
+
+    def request_of(self, sequence: Sequence) -> ActiveRequest:
+        return self._by_sequence[sequence]
+
+    def compute_here(self, active: ActiveRequest) -> None:
+        """Let a sequence that has no leg compute what it lacks itself."""
+        sequence = active.sequence
         active.prefill_worker = ""
         sequence.remote = False
         if sequence.phase == "receiving":
@@ -211,10 +248,10 @@ class DecodeWorker:
         else:
             self.enqueue(active)
 
-    def _is_worth_remote(self, sequence: Sequence) -> bool:
-        config = self._runtime.config.worker
-        have = sequence.num_computed or self._runtime.scheduler.peek_cached(sequence)
-        return config.disaggregated and sequence.num_tokens - have > config.local_prefill_max_tokens
+    def _is_worth_remote(self, missing_tokens: int) -> bool:
+        """Whether a prompt goes to its prefill worker by default."""
+        config = self._runtime.config
+        return config.worker.disaggregated and missing_tokens > local_prefill_limit(config)
 
     def _admitted(self, active: ActiveRequest) -> None:
         sequence = active.sequence
@@ -232,27 +269,36 @@ class DecodeWorker:
         log.info("preempted", request=active.request.request_id, tokens=active.sequence.num_tokens)
         self._prefill(active)
 
-    def _run(self, plan: IterationPlan) -> None:
-        runtime = self._runtime
-        try:
-            output = runtime.engine.run(plan)
-        except Exception as error:
-            log.exception("forward pass failed", worker=runtime.name, sequences=len(plan.chunks))
-            self._fail((chunk.sequence for chunk in plan.chunks), error)
-            return
-        runtime.scheduler.advance(plan)
-        for chunk in plan.chunks:
-            runtime.count_tokens("decode" if chunk.length == 1 else "prefill", chunk.length)
-            logprobs = output.prompt_logprobs.get(chunk.sequence)
-            if logprobs:
-                self._by_sequence[chunk.sequence].add_prompt_logprobs(chunk.start, logprobs)
-        for sequence, sampled in output.tokens.items():
-            self.token(self._by_sequence[sequence], sampled)
+    # -- what the pipeline says
 
-    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
+    def computed(self, plan: IterationPlan, output: IterationOutput) -> None:
+        """Hand out what an iteration drew. A request that ended while it was under way gets none of
+        it."""
+        decodes = sum(chunk.length == 1 for chunk in plan.chunks)
+        self._runtime.count_tokens("decode", decodes)
+        self._runtime.count_tokens("prefill", plan.num_tokens - decodes)
+        for chunk in plan.chunks if plan.num_tokens > decodes else ():
+            active = self._by_sequence.get(chunk.sequence)
+            if chunk.length > 1 and active is not None and active.is_lent:
+                self._runtime.count_lent(chunk.length)
+        if output.prompt_logprobs:
+            for chunk in plan.chunks:
+                active = self._by_sequence.get(chunk.sequence)
+                logprobs = output.prompt_logprobs.get(chunk.sequence)
+                if active is not None and logprobs:
+                    active.add_prompt_logprobs(chunk.start, logprobs)
+        for sequence, sampled in output.tokens.items():
+            active = self._by_sequence.get(sequence)
+            if active is not None:
+                self.token(active, sampled)
+
+    def failed(self, plan: IterationPlan, error: Exception) -> None:
+        """End the requests of an iteration that could not be computed."""
         cause = UnavailableError(f"{self._runtime.name}: forward pass failed: {error}")
-        for sequence in list(sequences):
-            self._refuse(self._by_sequence[sequence], cause)
+        for chunk in plan.chunks:
+            active = self._by_sequence.get(chunk.sequence)
+            if active is not None:
+                self._refuse(active, cause)
 
     def _refuse(self, active: ActiveRequest, error: TandemError) -> None:
         request = active.request

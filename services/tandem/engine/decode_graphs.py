@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.core.sequence import ScheduledChunk
+from tandem.engine.inputs import IterationInputs
 from tandem.engine.models.decoder import Decoder
 from tandem.kvcache.storage import KVStorage
+from tandem_kernels import RaggedBatch
 from tandem_kernels.triton.static_batch import StaticDecodeBatch
 
 Replay = Callable[[], Tensor]
@@ -40,32 +41,24 @@ class DecodeGraphs:
         )
         self._replays = self._capture_all(sorted(sizes))
 
-    def takes(self, chunks: Sequence[ScheduledChunk]) -> bool:
+    def takes(self, inputs: IterationInputs) -> bool:
         """Whether an iteration is one that was captured: single tokens, each followed by a draw."""
-        return len(chunks) <= self._batch.max_rows and all(
-            chunk.length == 1
-            and chunk.samples
-            and chunk.end <= self._batch.max_tokens
-            and (
-                chunk.sequence.request.sampling.prompt_logprobs is None
-                or chunk.end >= chunk.sequence.request.prompt_len
-            )
-            for chunk in chunks
+        batch = inputs.batch
+        return (
+            inputs.only_decodes
+            and batch.num_sequences <= self._batch.max_rows
+            and max(batch.context_lens) <= self._batch.max_tokens
         )
 
-    def run(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
-        """Return float32 logits, [chunks, vocab_size], valid until the next call."""
-        return self.prepare(chunks)()[: len(chunks)]
+    def run(self, token_ids: Tensor, batch: RaggedBatch) -> Tensor:
+        """Return float32 logits, [sequences, vocab_size], valid until the next call."""
+        return self.prepare(token_ids, batch)()[: batch.num_sequences]
 
-    def prepare(self, chunks: Sequence[ScheduledChunk]) -> Replay:
-        """Lay the iteration out and return what computes its logits, padding included."""
-        self._batch.fill(
-            [chunk.sequence.token_ids[chunk.start] for chunk in chunks],
-            [chunk.start for chunk in chunks],
-            [chunk.sequence.block_table for chunk in chunks],
-        )
-        size = next(size for size in self._replays if size >= len(chunks))
-        return self._replays[size]
+    def prepare(self, token_ids: Tensor, batch: RaggedBatch) -> Replay:
+        """Lay the iteration out, on the device alone, and return what computes its logits, padding
+        included."""
+        self._batch.fill(token_ids, batch)
+        return self._replays[next(size for size in self._replays if size >= len(token_ids))]
 
     def _forward(self, rows: int) -> Tensor:
         batch = self._batch.ragged(rows)

@@ -6,11 +6,8 @@ with the plan; sequences are read, never changed. Used by one thread, the engine
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,23 +16,23 @@ import torch
 from torch import Tensor
 
 from tandem.core.config import CacheConfig, ModelConfig
-from tandem.core.request import PositionLogprobs, SampledToken
+from tandem.core.request import PositionLogprobs
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
-from tandem.engine.kv_capacity import Neighbours, measure_kv_capacity
+from tandem.engine.inputs import InputBuilder, IterationInputs, PromptRows
+from tandem.engine.kv_capacity import Neighbours
+from tandem.engine.launched import ComputeThread, IterationOutput, Launched, Task, run_here
+from tandem.engine.load import load_model
 from tandem.engine.logprobs import position_logprobs
-from tandem.engine.memory import give_back_freed_memory
-from tandem.engine.models.compiled import CompiledModel, Keep, can_compile
-from tandem.engine.models.config import DecoderConfig
+from tandem.engine.models.compiled import CompiledModel
 from tandem.engine.models.decoder import Decoder
-from tandem.engine.models.layers import Loader
-from tandem.engine.packed_identity import packed_keeper
+from tandem.engine.parallel.compiled import CompiledShard
+from tandem.engine.parallel.group import ALONE
+from tandem.engine.parallel.leader import Announcer, LeadingModel
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.warm_up import warm_up
-from tandem.engine.weights import Checkpoint, Progress, WeightSource
-from tandem.kvcache.storage import KVStorage
-from tandem_kernels import REFERENCE, RaggedBatch, implementation, runs_compiled_decoder
-from tandem_kernels.cpu import prefer_huge_pages
+from tandem.engine.weights import Progress, WeightSource
+from tandem_kernels import REFERENCE, implementation, runs_compiled_decoder
 
 if TYPE_CHECKING:
     from tandem.engine.decode_graphs import DecodeGraphs
@@ -59,25 +56,7 @@ class LayerGroup(NamedTuple):
 
 
 OnLayers = Callable[[LayerGroup], None]
-
-
-@dataclass(frozen=True)
-class IterationOutput:
-    """What came out of one iteration."""
-
-    tokens: dict[Sequence, SampledToken] = field(default_factory=dict)
-    """The next token of every sequence whose chunk ended with its last known token."""
-    prompt_logprobs: dict[Sequence, list[PositionLogprobs]] = field(default_factory=dict)
-    """For a chunk [start, end): prompt positions start + 1 to end, where they are asked for."""
-
-
-class _Rows(NamedTuple):
-    """Rows of the batch whose hidden state is wanted for one chunk."""
-
-    chunk: ScheduledChunk
-    prompt: range
-    """Rows whose next token is in the prompt and its log-probability is asked for."""
-    samples: bool
+ReadOutput = Callable[[], IterationOutput]
 
 
 class Engine:
@@ -93,10 +72,12 @@ class Engine:
         progress: Progress | None = None,
         weights: WeightSource | None = None,
         neighbours: Neighbours | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
         """Load the weights, from the model directory's files if no other source is given.
         `layers_per_group` 0 makes four groups of layers; `neighbours` is who shares the memory that
-        KV blocks are sized from.
+        KV blocks are sized from. With an `announcer` this is rank 0 of several, and holds its part
+        of the weights and of the KV heads.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -105,32 +86,23 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        started, keep = time.monotonic(), None
-        if weights is None:
-            weights = Checkpoint(model_dir, progress)
-            keep = partial(packed_keeper, model_dir, model, self.spec, weights.num_elements)
-        with weights as source:
-            loader = Loader(source, self.spec.torch_dtype, self.device)
-            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups, keep)
-        give_back_freed_memory()
-        load_seconds = time.monotonic() - started
-        self.kv_capacity = measure_kv_capacity(
-            cache, self.spec, self.device, neighbours or Neighbours()
+        loaded = load_model(
+            *(model_dir, model, cache, self.spec, self.device, self.layer_groups),
+            progress=progress,
+            weights=weights,
+            neighbours=neighbours,
+            ranks=ALONE if announcer is None else announcer.ranks,
         )
+        self._decoder, self.storage, self.kv_capacity, load_seconds = loaded
         self.num_blocks = self.kv_capacity.num_blocks
-        self.storage = KVStorage(
-            num_layers=self.spec.num_layers,
-            num_blocks=self.num_blocks,
-            block_size=cache.block_size,
-            num_kv_heads=self.spec.num_kv_heads,
-            head_dim=self.spec.head_dim,
-            dtype=self.spec.torch_dtype,
-            device=self.device,
-        )
-        if isinstance(self._decoder, CompiledModel):
-            prefer_huge_pages(self.storage.kv)
+        self._model: Decoder | CompiledModel | CompiledShard | LeadingModel = self._decoder
+        if announcer is not None:
+            self._model = LeadingModel(self._decoder, announcer, self.spec.vocab_size)
         self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
+        self._inputs = InputBuilder(self._sampler, cache.block_size, self.device)
         self._graphs: DecodeGraphs | None = None
+        self._last: Launched | None = None
+        self._execute: Callable[[Task], None] = run_here
         log.info(
             "model loaded",
             model=self.spec.name,
@@ -145,9 +117,14 @@ class Engine:
     @property
     def kernels(self) -> str:
         """The implementation that forward passes run on, for people to read."""
-        if runs_compiled_decoder(self.device) and not isinstance(self._decoder, CompiledModel):
+        if runs_compiled_decoder(self.device) and isinstance(self._decoder, Decoder):
             return REFERENCE.name
         return implementation(self.device)
+
+    def compute_ahead(self) -> None:
+        """Let `launch` return before the iteration has ended. On CUDA it does so anyway."""
+        if self.device.type != "cuda":
+            self._execute = ComputeThread("compute")
 
     def warm_up(self) -> None:
         """Run prompts and decode steps through everything once, and on CUDA capture the graphs of
@@ -159,7 +136,10 @@ class Engine:
         """Replay decode iterations from CUDA graphs from now on; launch them one kernel after the
         other, as before, where that cannot be. Without CUDA nothing is captured."""
         decoder = self._decoder
-        if isinstance(decoder, CompiledModel) or not self.kernels.startswith("Triton"):
+        if not isinstance(decoder, Decoder) or not self.kernels.startswith("Triton"):
+            return
+        if isinstance(self._model, LeadingModel):
+            log.info("decode iterations run without CUDA graphs: the worker has several ranks")
             return
         from tandem.engine.decode_graphs import DecodeGraphs  # needs the triton package
 
@@ -179,7 +159,8 @@ class Engine:
         """The forward pass of one captured decode iteration, to be timed by itself."""
         if self._graphs is None:
             raise ValueError("decode iterations are not captured")
-        return self._graphs.prepare(chunks)
+        inputs = self._inputs.build(chunks, None)
+        return self._graphs.prepare(inputs.token_ids_after(None), inputs.batch)
 
     @torch.inference_mode()
     def run(self, plan: IterationPlan, on_layers: OnLayers | None = None) -> IterationOutput:
@@ -188,36 +169,54 @@ class Engine:
         Every chunk's block table must cover its end. `on_layers` is called inside the pass as soon
         as the KV of a group of layers is written; on CUDA, queued to be written.
         """
-        if not plan.chunks:
-            return IterationOutput()
-        if self._graphs is not None and on_layers is None and self._graphs.takes(plan.chunks):
-            drawn = [chunk.sequence for chunk in plan.chunks]
-            tokens = self._sampler.sample(self._graphs.run(plan.chunks), drawn)
-            return IterationOutput(tokens=dict(zip(drawn, tokens, strict=True)))
-        batch = RaggedBatch.build(
-            [chunk.sequence.block_table for chunk in plan.chunks],
-            [chunk.start for chunk in plan.chunks],
-            [chunk.length for chunk in plan.chunks],
-            self.storage.block_size,
-            self.device,
+        return self.launch(plan, on_layers).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: IterationPlan, on_layers: OnLayers | None = None) -> Launched:
+        """Start on the plan's chunks and return without waiting for them, if the engine computes
+        ahead or runs on CUDA. Iterations compute in the order of their launch.
+
+        A chunk's token may be one that the iteration launched before it draws. Until `result` of an
+        iteration has returned, the blocks that it writes must not be given to anybody.
+        """
+        inputs = self._inputs.build(plan.chunks, self._last) if plan.chunks else None
+        launched = Launched(inputs.drawn if inputs is not None else ())
+        previous, self._last = self._last, launched
+        self._execute(
+            lambda: launched.run(lambda: self._compute(inputs, launched, previous, on_layers))
         )
-        wanted = [
-            _wanted_rows(chunk, row)
-            for chunk, row in zip(plan.chunks, batch.query_starts, strict=False)
-        ]
-        token_ids = [
-            token_id
-            for chunk in plan.chunks
-            for token_id in chunk.sequence.token_ids[chunk.start : chunk.end]
-        ]
-        hidden = self._decoder.forward(
-            torch.tensor(token_ids, device=self.device),
-            batch,
-            self.storage,
-            self._row_index(wanted, batch),
-            None if on_layers is None else self._group_caller(on_layers),
+        return launched
+
+    def _compute(
+        self,
+        inputs: IterationInputs | None,
+        launched: Launched,
+        previous: Launched | None,
+        on_layers: OnLayers | None,
+    ) -> ReadOutput:
+        """Queue a forward pass and its draws on the device; what is returned waits for them."""
+        if inputs is None:
+            return IterationOutput
+        token_ids = inputs.token_ids_after(previous)
+        graphs = self._graphs
+        hidden: Tensor | None = None
+        if graphs is not None and on_layers is None and graphs.takes(inputs):
+            logits = graphs.run(token_ids, inputs.batch)
+        else:
+            group_caller = None if on_layers is None else self._group_caller(on_layers)
+            hidden = self._model.forward(
+                token_ids, inputs.batch, self.storage, inputs.wanted_rows, group_caller
+            )
+        prompt_logprobs = self._prompt_logprobs(hidden, inputs.prompt_rows)
+        if inputs.columns is None:
+            return lambda: IterationOutput(prompt_logprobs=prompt_logprobs)
+        if hidden is not None:
+            logits = self._model.logits(hidden[-len(inputs.drawn) :])
+        drawing = self._sampler.draw(logits, inputs.columns)
+        launched.token_ids = drawing.token_ids
+        return lambda: IterationOutput(
+            dict(zip(inputs.drawn, drawing.read(), strict=True)), prompt_logprobs
         )
-        return self._finish(hidden, wanted)
 
     def record_event(self) -> torch.cuda.Event | None:
         """Mark what has been queued on the device so far; None where nothing is queued (CPU)."""
@@ -226,15 +225,6 @@ class Engine:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
-
-    def _row_index(self, wanted: list[_Rows], batch: RaggedBatch) -> Tensor | None:
-        """The wanted rows, prompt rows first; None when they are simply all rows."""
-        rows = [row for entry in wanted for row in entry.prompt]
-        ends = zip(wanted, batch.query_starts[1:], strict=True)
-        rows.extend(end - 1 for entry, end in ends if entry.samples)
-        if rows == list(range(batch.num_tokens)):
-            return None
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     def _group_caller(self, on_layers: OnLayers) -> Callable[[int], None]:
         """Turn "this layer is written" into one call per group of layers."""
@@ -248,58 +238,29 @@ class Engine:
 
         return on_written
 
-    def _finish(self, hidden: Tensor, wanted: list[_Rows]) -> IterationOutput:
-        """Turn hidden states, in the order of `_row_index`, into tokens and log-probabilities."""
-        output = IterationOutput()
+    def _prompt_logprobs(
+        self, hidden: Tensor | None, wanted: Rows[PromptRows]
+    ) -> dict[Sequence, list[PositionLogprobs]]:
+        """Log-probabilities of prompt tokens, from hidden states in the order of `wanted`."""
+        result: dict[Sequence, list[PositionLogprobs]] = {}
         row = 0
-        for entry in wanted:
-            if entry.prompt:
-                states = hidden[row : row + len(entry.prompt)]
-                output.prompt_logprobs[entry.chunk.sequence] = self._prompt_logprobs(
-                    states, entry.chunk
-                )
-                row += len(entry.prompt)
-        sampling = [entry.chunk.sequence for entry in wanted if entry.samples]
-        if sampling:
-            tokens = self._sampler.sample(self._decoder.logits(hidden[row:]), sampling)
-            output.tokens.update(zip(sampling, tokens, strict=True))
-        return output
-
-    def _prompt_logprobs(self, hidden: Tensor, chunk: ScheduledChunk) -> list[PositionLogprobs]:
-        seq = chunk.sequence
-        count = seq.request.sampling.prompt_logprobs or 0
-        result: list[PositionLogprobs] = []
-        for states in torch.split(hidden, _LOGPROB_ROWS):
-            start = chunk.start + 1 + len(result)
-            chosen = seq.token_ids[start : start + len(states)]
-            logits = self._decoder.logits(states)
-            result.extend(position_logprobs(logits, chosen, [count] * len(chosen)))
+        for chunk, rows in wanted:
+            if hidden is None:
+                raise ValueError("a captured decode iteration has no prompt rows")
+            seq = chunk.sequence
+            count = seq.request.sampling.prompt_logprobs or 0
+            positions: list[PositionLogprobs] = []
+            for states in torch.split(hidden[row : row + len(rows)], _LOGPROB_ROWS):
+                start = chunk.start + 1 + len(positions)
+                chosen = seq.token_ids[start : start + len(states)]
+                logits = self._model.logits(states)
+                positions.extend(position_logprobs(logits, chosen, [count] * len(chosen)))
+            result[seq] = positions
+            row += len(rows)
         return result
-
-
-def _load_decoder(
-    loader: Loader,
-    config: DecoderConfig,
-    layer_groups: tuple[tuple[int, int], ...],
-    keep: Callable[[], Keep | None] | None,
-) -> Decoder | CompiledModel:
-    """Load the decoder in the form that the kernels of its device want; `keep` makes what keeps
-    packed weights."""
-    if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
-        group_ends = [first + count - 1 for first, count in layer_groups]
-        return CompiledModel.load(loader, config, group_ends, keep() if keep is not None else None)
-    return Decoder.load(loader, config)
 
 
 def _layer_groups(num_layers: int, layers_per_group: int) -> tuple[tuple[int, int], ...]:
     """Return (first layer, number of layers) of each group; 0 per group makes four groups."""
     size = layers_per_group or -(-num_layers // _GROUPS_PER_ITERATION)
     return tuple((first, min(size, num_layers - first)) for first in range(0, num_layers, size))
-
-
-def _wanted_rows(chunk: ScheduledChunk, first_row: int) -> _Rows:
-    request = chunk.sequence.request
-    count = 0
-    if request.sampling.prompt_logprobs is not None:
-        count = max(0, min(chunk.end, request.prompt_len - 1) - chunk.start)
-    return _Rows(chunk, range(first_row, first_row + count), chunk.samples)

@@ -25,7 +25,13 @@ def position_logprobs(
     there.
     """
     chosen_ids = torch.tensor(chosen, dtype=torch.int64, device=logits.device)
-    top = top_logprobs(logits, chosen_ids, max(counts, default=0))
+    return read_logprobs(top_logprobs(logits, chosen_ids, max(counts, default=0)), chosen, counts)
+
+
+def read_logprobs(
+    top: Sequence[Tensor], chosen: Sequence[int], counts: Sequence[int]
+) -> list[PositionLogprobs]:
+    """The same, from the tensors of a `TopLogprobs`."""
     columns = (tensor.tolist() for tensor in top)
     rows = zip(chosen, counts, *columns, strict=True)
     return [

@@ -1,4 +1,4 @@
-"""How one worker is chosen among several. A policy sees candidates and returns a name.
+"""How one worker is chosen among several. A policy sees candidates and returns one of them.
 
 Ties are broken by the router's own random numbers: several routers that see the same loads must not
 all take the same worker.
@@ -7,25 +7,35 @@ all take the same worker.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from tandem.core.config import RouterConfig
 
+Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
+Integers = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-class Candidate(NamedTuple):
-    """A worker that may take the request. `load` and `cached_tokens` in tokens."""
 
-    name: str
-    load: float
-    cached_tokens: int
+class Candidates(NamedTuple):
+    """The workers that may take the request, as columns sorted by name."""
+
+    members: Sequence[str]
+    """Names of all workers of the pool, sorted, whether they may take it or not."""
+    positions: Integers
+    """Where the candidates stand among them, rising."""
+    loads: Floats
+    """In tokens."""
+    cached_tokens: Integers
 
 
 class Policy(Protocol):
-    """Chooses the worker of one pool. Candidates are never empty and are sorted by name."""
+    """Chooses the worker of one pool: an index into the candidates, of which there is one at
+    least."""
 
-    def choose(self, candidates: Sequence[Candidate]) -> str: ...
+    def choose(self, candidates: Candidates) -> int: ...
 
 
 class RoundRobin:
@@ -35,14 +45,16 @@ class RoundRobin:
         self._rng = rng
         self._last: str | None = None
 
-    def choose(self, candidates: Sequence[Candidate]) -> str:
-        """Return the name after the last one, in a circle."""
-        names = [candidate.name for candidate in candidates]
+    def choose(self, candidates: Candidates) -> int:
+        """Return the candidate whose name is after the last one, in a circle."""
+        members, positions = candidates.members, candidates.positions
         if self._last is None:
-            self._last = self._rng.choice(names)
+            index = self._rng.choice(range(len(positions)))
         else:
-            self._last = names[bisect_right(names, self._last) % len(names)]
-        return self._last
+            following = bisect_right(members, self._last)
+            index = int(np.searchsorted(positions, following)) % len(positions)
+        self._last = members[positions[index]]
+        return index
 
 
 class LeastLoaded:
@@ -51,9 +63,9 @@ class LeastLoaded:
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 
-    def choose(self, candidates: Sequence[Candidate]) -> str:
-        """Return the name of the least loaded candidate."""
-        return _lowest(candidates, lambda candidate: candidate.load, self._rng)
+    def choose(self, candidates: Candidates) -> int:
+        """Return the least loaded candidate."""
+        return _lowest(candidates.loads, self._rng)
 
 
 class PrefixAware:
@@ -68,13 +80,10 @@ class PrefixAware:
         self._weight = weight
         self._max_bonus_tokens = max_bonus_tokens
 
-    def choose(self, candidates: Sequence[Candidate]) -> str:
-        """Return the name of the candidate with the lowest load less bonus."""
-        return _lowest(candidates, self._cost, self._rng)
-
-    def _cost(self, candidate: Candidate) -> float:
-        bonus = self._weight * min(candidate.cached_tokens, self._max_bonus_tokens)
-        return candidate.load - bonus
+    def choose(self, candidates: Candidates) -> int:
+        """Return the candidate with the lowest load less bonus."""
+        bonus = self._weight * np.minimum(candidates.cached_tokens, self._max_bonus_tokens)
+        return _lowest(candidates.loads - bonus, self._rng)
 
 
 def make_policy(config: RouterConfig, rng: Random) -> Policy:
@@ -86,10 +95,5 @@ def make_policy(config: RouterConfig, rng: Random) -> Policy:
     return PrefixAware(rng, config.prefix_weight, config.max_prefix_bonus_tokens)
 
 
-def _lowest(
-    candidates: Sequence[Candidate], cost: Callable[[Candidate], float], rng: Random
-) -> str:
-    costs = [cost(candidate) for candidate in candidates]
-    lowest = min(costs)
-    best = [c.name for c, value in zip(candidates, costs, strict=True) if value == lowest]
-    return rng.choice(best)
+def _lowest(costs: Floats, rng: Random) -> int:
+    return int(rng.choice(np.flatnonzero(costs == costs.min())))

@@ -3,6 +3,9 @@
 Load is in tokens. What this router dispatched is counted at once and exactly; what other routers
 dispatched is known only from the workers' reports, which are always a little old.
 
+A decision looks at every worker, as columns of numbers: the loads move together with every dispatch
+(`_loads`), so there is no order to keep, and a thousand workers take some microseconds.
+
 Invariant: a dispatch is taken back from the very view that it was counted on, so a worker that left
 and came back under its name starts from zero.
 """
@@ -13,8 +16,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tandem.router.policies import Candidate, Policy
+import numpy as np
+
+from tandem.router.policies import Candidates, Floats, Integers, Policy
 from tandem.router.prefix_index import PrefixIndex
+
+_REQUESTS, _TOKENS, _UNREPORTED, _OTHERS = range(4)
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +29,9 @@ class WorkerView:
     """One worker. `requests` and `tokens` are this router's own, in flight."""
 
     name: str
-    prefixes: PrefixIndex
+    number: int
+    """Its column, and its name in the prefix index; given to another one once it has left."""
+    is_member: bool = True
     requests: int = 0
     tokens: int = 0
     unreported_tokens: int = 0
@@ -46,8 +55,12 @@ class WorkerPool:
     def __init__(self, policy: Policy, block_size: int, max_tracked_blocks: int) -> None:
         self._policy = policy
         self._block_size = block_size
-        self._max_tracked_blocks = max_tracked_blocks
+        self._prefixes = PrefixIndex(max_tracked_blocks)
         self._workers: dict[str, WorkerView] = {}
+        self._names: list[str] = []
+        self._views: list[WorkerView] = []
+        self._numbers: Integers = np.zeros(0, dtype=np.int64)
+        self._columns = np.zeros((4, 0))
         self._dispatched_requests = 0
         self._dispatched_tokens = 0
 
@@ -60,38 +73,63 @@ class WorkerPool:
         """The view of a member."""
         return self._workers.get(name)
 
+    def cached_tokens(self, worker: WorkerView, hashes: Sequence[bytes]) -> int:
+        """Return how many tokens of a prompt a worker should have cached."""
+        return self._prefixes.match(worker.number, hashes) * self._block_size
+
     def set_members(self, names: Iterable[str]) -> None:
         """Replace the membership, keeping what is known of those that stay."""
+        self._names = sorted(set(names))
+        for name in self._workers.keys() - set(self._names):
+            self._dismiss(self._workers[name])
+        taken = {view.number for view in self._workers.values() if view.is_member}
+        free = iter(number for number in range(len(self._names)) if number not in taken)
         self._workers = {
-            name: self._workers.get(name) or WorkerView(name, PrefixIndex(self._max_tracked_blocks))
-            for name in sorted(set(names))
+            name: self._workers.get(name) or WorkerView(name, next(free)) for name in self._names
         }
+        self._views = list(self._workers.values())
+        self._numbers = np.array([view.number for view in self._views], dtype=np.int64)
+        self._columns = np.zeros((4, int(self._numbers.max(initial=-1)) + 1))
+        for view in self._views:
+            self._note(view)
 
     def observe(self, worker: WorkerView, running: int, waiting: int) -> None:
         """Take a worker's report: what it has beyond this router's own is other routers'."""
         worker.running, worker.waiting = running, waiting
         worker.others = max(0, running + waiting - worker.requests)
         worker.unreported_tokens = 0
+        self._note(worker)
 
     def choose(
-        self, eligible: Collection[WorkerView], hashes: Sequence[bytes], num_tokens: int
-    ) -> tuple[WorkerView, int]:
-        """Return the worker that the policy takes and how many tokens it should have cached."""
-        loads = self._loads(eligible, num_tokens)
-        cached = [worker.prefixes.match(hashes) * self._block_size for worker in eligible]
-        candidates = {
-            worker.name: Candidate(worker.name, load, tokens)
-            for worker, load, tokens in zip(eligible, loads, cached, strict=True)
-        }
-        name = self._policy.choose(list(candidates.values()))
-        return self._workers[name], candidates[name].cached_tokens
+        self,
+        hashes: Sequence[bytes],
+        num_tokens: int,
+        exclude: Collection[str] = (),
+        max_requests: float = float("inf"),
+    ) -> WorkerView | None:
+        """Return the worker that the policy takes among those that are not excluded and have fewer
+        than `max_requests` requests of this router; None if there is none."""
+        numbers = self._numbers
+        may_take = self._columns[_REQUESTS, numbers] < max_requests
+        for name in exclude:
+            if name in self._workers:
+                may_take[self._names.index(name)] = False
+        positions = np.flatnonzero(may_take)
+        if not len(positions):
+            return None
+        numbers = numbers[positions]
+        depths = self._prefixes.depths(hashes, self._columns.shape[1])[numbers]
+        loads = self._loads(num_tokens)[numbers]
+        candidates = Candidates(self._names, positions, loads, depths * self._block_size)
+        return self._views[int(positions[self._policy.choose(candidates)])]
 
     def dispatch(self, worker: WorkerView, tokens: int, hashes: Sequence[bytes]) -> Dispatch:
         """Count a request on a worker, now, before anything is sent."""
         worker.requests += 1
         worker.tokens += tokens
         worker.unreported_tokens += tokens
-        worker.prefixes.record(hashes)
+        self._note(worker)
+        self._prefixes.record(worker.number, hashes)
         self._dispatched_requests += 1
         self._dispatched_tokens += tokens
         return Dispatch(worker, tokens)
@@ -102,8 +140,9 @@ class WorkerPool:
         worker.requests -= 1
         worker.tokens -= tokens
         worker.unreported_tokens = min(worker.unreported_tokens, worker.tokens)
+        self._note(worker)
 
-    def _loads(self, workers: Iterable[WorkerView], num_tokens: int) -> list[float]:
+    def _loads(self, num_tokens: int) -> Floats:
         """Estimate the tokens in flight on each worker when a request of `num_tokens` is placed.
 
         Other routers' requests count as the mean of this router's. Between two reports the others
@@ -111,10 +150,21 @@ class WorkerPool:
         stands for their share too: else all of them would fill the one idle worker.
         """
         mean = (self._dispatched_tokens + num_tokens) / (self._dispatched_requests + 1)
-        own = sum(worker.requests for worker in self._workers.values())
-        others = sum(worker.others for worker in self._workers.values())
-        echo = others / max(own, 1)
-        return [
-            worker.tokens + worker.others * mean + worker.unreported_tokens * echo
-            for worker in workers
-        ]
+        requests, tokens, unreported, others = self._columns
+        echo = others.sum() / max(requests.sum(), 1)
+        loads: Floats = tokens + others * mean + unreported * echo
+        return loads
+
+    def _note(self, view: WorkerView) -> None:
+        """Write a view's numbers into its column."""
+        if view.is_member:
+            self._columns[:, view.number] = (
+                view.requests,
+                view.tokens,
+                view.unreported_tokens,
+                view.others,
+            )
+
+    def _dismiss(self, view: WorkerView) -> None:
+        view.is_member = False
+        self._prefixes.forget(view.number)

@@ -99,7 +99,7 @@ class Router:
         decode worker that may serve it is full, `UnavailableError` when there is none.
         """
         self.release(request_id)
-        decode, _ = self._decode.choose(self._decode_workers(exclude), hashes, num_tokens)
+        decode = self._choose_decode(hashes, num_tokens, exclude)
         prefill = self._dispatch_prefill(hashes, num_tokens, exclude)
         weight = num_tokens + EXPECTED_OUTPUT_TOKENS
         dispatch = self._decode.dispatch(decode, weight, hashes)
@@ -122,26 +122,28 @@ class Router:
         self, hashes: Sequence[bytes], num_tokens: int, exclude: Collection[str]
     ) -> Dispatch | None:
         """Choose a prefill worker and count the tokens that it will have to compute."""
-        eligible = [worker for worker in self._prefill.workers if worker.name not in exclude]
-        if not eligible:
+        worker = self._prefill.choose(hashes, num_tokens, exclude)
+        if worker is None:
             return None
-        worker, cached_tokens = self._prefill.choose(eligible, hashes, num_tokens)
+        cached_tokens = self._prefill.cached_tokens(worker, hashes)
         weight = max(num_tokens - cached_tokens, self._block_size)
         return self._prefill.dispatch(worker, weight, hashes)
 
-    def _decode_workers(self, exclude: Collection[str]) -> list[WorkerView]:
-        """The decode workers that can take one more request of this router."""
-        members = [worker for worker in self._decode.workers if worker.name not in exclude]
+    def _choose_decode(
+        self, hashes: Sequence[bytes], num_tokens: int, exclude: Collection[str]
+    ) -> WorkerView:
+        """Choose among the decode workers that can take one more request of this router."""
+        limit = self._config.max_in_flight
+        worker = self._decode.choose(hashes, num_tokens, exclude, limit)
+        if worker is not None:
+            return worker
+        members = [view for view in self._decode.workers if view.name not in exclude]
         if not members:
             raise UnavailableError("no decode worker is available")
-        limit = self._config.max_in_flight
-        eligible = [worker for worker in members if worker.requests < limit]
-        if not eligible:
-            raise OverloadedError(
-                f"every decode worker has {limit} requests in flight",
-                retry_after=min(_seconds_to_drain(worker) for worker in members),
-            )
-        return eligible
+        raise OverloadedError(
+            f"every decode worker has {limit} requests in flight",
+            retry_after=min(_seconds_to_drain(view) for view in members),
+        )
 
 
 def _seconds_to_drain(worker: WorkerView) -> float:

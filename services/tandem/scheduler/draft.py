@@ -24,6 +24,9 @@ class Draft:
         self.tokens_left = budget
         self.admits = True
         """Whether another sequence may leave the queue in this iteration."""
+        self.prompt_room: int | None = None
+        """Prompt tokens that may compute beside decode steps; None: not asked yet."""
+        self.prompt_tokens = 0
         self.chunks: dict[Sequence, ScheduledChunk] = {}
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -43,11 +46,19 @@ class Draft:
 
     @property
     def decoding(self) -> list[Sequence]:
-        return [seq for seq in self._running if len(seq.token_ids) - seq.num_computed == 1]
+        return [  # `Sequence.num_uncomputed`, written out: this is asked for every sequence
+            seq
+            for seq in self._running
+            if len(seq.token_ids) + seq.num_in_flight - seq.num_computed == 1
+        ]
 
     @property
     def prompts(self) -> list[Sequence]:
-        return [seq for seq in self._running if len(seq.token_ids) - seq.num_computed > 1]
+        return [
+            seq
+            for seq in self._running
+            if len(seq.token_ids) + seq.num_in_flight - seq.num_computed > 1
+        ]
 
     @property
     def num_receiving(self) -> int:
@@ -66,15 +77,20 @@ class Draft:
 
     def add_chunk(self, seq: Sequence, length: int) -> None:
         """Compute the next `length` tokens of a sequence, or as many as the budget allows."""
-        length = min(length, self.tokens_left)
+        if length > self.tokens_left:
+            length = self.tokens_left
         self.chunks[seq] = ScheduledChunk(seq, seq.num_computed, length)
         self.tokens_left -= length
+        if length > 1:
+            self.prompt_tokens += length
 
     def drop_chunk(self, seq: Sequence) -> None:
         """Take a sequence out of the iteration again, if it is in it."""
         chunk = self.chunks.pop(seq, None)
         if chunk is not None:
             self.tokens_left += chunk.length
+            if chunk.length > 1:
+                self.prompt_tokens -= chunk.length
 
     def plan(self) -> IterationPlan:
         """Return the iteration as it stands."""

@@ -6,7 +6,8 @@ said enough (the worker calls `finish`).
 
 Invariants, whatever the policy: a plan never exceeds `max_batch_tokens`; a sequence that waits for
 blocks is overtaken by nobody behind it in the policy's line; a request that passed `check_fits` can
-always finish alone, so that preempting the last by `precedence` never ends in a deadlock.
+always finish alone, so that preempting the last by `precedence` never ends in a deadlock; blocks
+that an iteration under way writes are held until it has ended.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from tandem.core.request import FinishReason, Request
 from tandem.core.sequence import IterationPlan, Phase, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.hashing import extend_hashes
-from tandem.scheduler.costs import work_of
+from tandem.scheduler.costs import CostEstimator, work_of
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
 from tandem.scheduler.policies import Policy, make_policy
+from tandem.scheduler.prompt_room import PromptRoom
 from tandem.scheduler.sequence_queue import SequenceQueue
 
 
@@ -31,6 +33,10 @@ def holder_of(seq: Sequence) -> str:
 
 class Scheduler:
     """The sequences of one worker: `schedule` → run the model → `advance` → `append` each sample.
+
+    To schedule an iteration while another is under way, `launch` the plan when the model starts on
+    it, and `schedule` the next one before its `advance`; iterations end in the order of `launch`.
+    Between the two the drawn tokens are *in flight*: known to the device, not here.
 
     ::
 
@@ -51,6 +57,11 @@ class Scheduler:
         self.policy = policy or make_policy(config)
         self.pool = pool
         self.max_model_len = max_model_len
+        self.must_settle = False
+        """Whether the next plan needs every iteration under way ended, and its tokens appended."""
+        self.costs = CostEstimator()
+        self.prompt_room: PromptRoom | None = None
+        """Bounds prompts beside decode steps, where a worker computes them with its slack."""
         self.waiting = SequenceQueue()
         self.running = SequenceQueue()
         self.receiving = SequenceQueue()
@@ -78,7 +89,10 @@ class Scheduler:
         """
         size = self.pool.block_size
         held = (seq for queue in (self.running, self.receiving) for seq in queue)
-        return sum(max(0, len(seq.block_table) * size - seq.num_tokens - 1) for seq in held)
+        return sum(
+            max(0, len(seq.block_table) * size - seq.num_tokens - seq.num_in_flight - 1)
+            for seq in held
+        )
 
     def check_fits(self, request: Request) -> None:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
@@ -104,6 +118,19 @@ class Scheduler:
         """Return how many tokens of a sequence its prefix cache would give now. Takes no hold."""
         return len(self._match_prefix(seq)) * self.pool.block_size
 
+    def blocks_to_admit(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence would take from the pool; 0 if it holds its own."""
+        return 0 if seq.block_table else self._num_blocks(seq.num_tokens + 1)
+
+    def most_blocks(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence takes when it is as long as it may become."""
+        return self._num_blocks(min(seq.request.max_len, self.max_model_len))
+
+    def has_room(self, seq: Sequence) -> bool:
+        """Whether a sequence holds blocks for all of its tokens. One that a prefill worker decoded
+        for a while may have grown past those that were reserved."""
+        return seq.num_tokens <= len(seq.block_table) * self.pool.block_size
+
     def withdraw(self, seq: Sequence) -> None:
         """Take a sequence out of the queue; `add` puts it back at its place."""
         self.waiting.discard(seq)
@@ -111,11 +138,16 @@ class Scheduler:
     # ------------------------------------------------------------------ one iteration
 
     def schedule(self, now: float = 0.0) -> IterationPlan:
-        """Plan the next iteration. `advance` must follow before the next call.
+        """Plan the next iteration. `launch` or `advance` must follow before the next call.
+
+        With iterations under way, sequences are assumed to get their tokens and go on. One whose
+        blocks would have to be taken from a sequence under way is left out, and `must_settle` says
+        so, as it does when the next draw depends on the one in flight (`SamplingParams.penalises`).
 
         `now`: seconds on the clock that `Sequence.arrived_at` is of. A plan may be empty although
         sequences wait, for a policy may wait for time to pass: ask again later.
         """
+        self.must_settle = False
         budget = self.config.max_batch_tokens
         draft = Draft(now, budget, self.running, self.waiting, self.receiving)
         draft.admits = self.num_running < self.config.max_running
@@ -128,23 +160,53 @@ class Scheduler:
         self.policy.planned(plan)
         return plan
 
+    def launch(self, plan: IterationPlan) -> None:
+        """Note that `plan` computes from now on and that the next is planned before it has ended.
+
+        Nothing that it computes is published before its `advance`.
+        """
+        for seq, start, length, samples, _ in plan.chunks:
+            seq.num_computed = end = start + length
+            seq.num_under_way += 1
+            if not samples:
+                continue
+            if seq.request.sampling.penalises:
+                self.must_settle = True
+            elif end + 1 < seq.request.max_len and end + 1 < self.max_model_len:
+                seq.num_in_flight += 1
+
     def measured(self, plan: IterationPlan, seconds: float) -> None:
-        """Tell the policy how long the iteration of `plan` took."""
-        self.policy.measured(work_of(plan.chunks), seconds)
+        """Learn, and tell the policy, how long the iteration of `plan` took."""
+        work = work_of(plan.chunks)
+        self.costs.measured(work, seconds)
+        self.policy.measured(work, seconds)
 
     def advance(self, plan: IterationPlan) -> None:
-        """Note that the chunks of `plan` are computed. Skips sequences that left meanwhile."""
-        for chunk in plan.chunks:
-            seq = chunk.sequence
+        """Note that the chunks of `plan` are computed. Those of sequences that left meanwhile count
+        for nothing: their blocks are given back now if they were held for this iteration.
+
+        Must be called for every launched plan, also for one that failed.
+        """
+        block_size = self.pool.block_size
+        for seq, start, length, *_ in plan.chunks:
+            end = start + length
+            if seq.num_under_way:
+                seq.num_under_way -= 1
+            elif seq.phase == "running":
+                seq.num_computed = end
             if seq.phase == "running":
-                seq.num_computed = chunk.end
-                self._publish(seq, chunk.start, chunk.end)
+                if start // block_size != end // block_size:
+                    self.publish(seq, start, end)
+            elif seq.phase == "finished" and not seq.num_under_way:
+                self._release(seq)
 
     def append(self, seq: Sequence, token_id: int) -> None:
-        """Add a sampled token (or, while receiving, the one that the prefill worker sampled)."""
-        if seq.phase not in ("running", "receiving"):
+        """Add a sampled token; that of a remote sequence came from a prefill worker."""
+        if not (seq.phase in ("running", "receiving") or (seq.phase == "waiting" and seq.remote)):
             raise ValueError(f"{holder_of(seq)} is {seq.phase} and takes no tokens")
         seq.token_ids.append(token_id)
+        if seq.num_in_flight:
+            seq.num_in_flight -= 1
 
     def _grant(self, seq: Sequence, limit: int, draft: Draft) -> None:
         """Let a sequence compute up to `limit` tokens if budget, blocks and places allow."""
@@ -152,17 +214,29 @@ class Scheduler:
             self._admit(seq, limit, draft)
         elif seq.phase == "running" and seq not in draft.chunks and draft.tokens_left:
             # Blocks of prompts were reserved at admission; 0: a sample is awaited.
-            missing = len(seq.token_ids) - seq.num_computed
-            if missing > 1 or (missing == 1 and self._secure_blocks(seq, draft)):
-                draft.add_chunk(seq, min(limit, missing))
+            missing = seq.num_uncomputed
+            if missing > 1:
+                limit = min(limit, self._room_for_prompts(draft))
+            length = min(limit, missing)
+            end = seq.num_computed + length
+            if length > 0 and (
+                end <= len(seq.block_table) * self.pool.block_size
+                or self._secure_blocks(seq, end, draft)
+            ):
+                draft.add_chunk(seq, length)
 
-    def _secure_blocks(self, seq: Sequence, draft: Draft) -> bool:
-        """Get blocks for all of `seq`'s tokens, preempting the last; False if that was `seq`."""
-        missing = self._num_blocks(len(seq.token_ids)) - len(seq.block_table)
-        if missing <= 0:
-            return True
+    def _secure_blocks(self, seq: Sequence, num_tokens: int, draft: Draft) -> bool:
+        """Get the blocks that `seq` lacks for its first `num_tokens` tokens, preempting the last;
+        False if that was `seq`, or if the last is under way: then nobody is admitted before it can
+        be preempted."""
+        missing = self._num_blocks(num_tokens) - len(seq.block_table)
         while not self.pool.can_allocate(missing):
+            if self.must_settle:
+                return False
             victim = max(self.running, key=self.policy.precedence)
+            if victim.num_under_way:
+                draft.admits, self.must_settle = False, True
+                return False
             self._preempt(victim, draft)
             if victim is seq:
                 return False
@@ -180,13 +254,26 @@ class Scheduler:
             self._leave(victim, "preempted")
             draft.preempted.append(victim)
 
+    def _room_for_prompts(self, draft: Draft) -> int:
+        """Prompt tokens that this iteration can still take."""
+        if self.prompt_room is None:
+            return draft.tokens_left
+        if draft.prompt_room is None:
+            limit = self.config.max_batch_tokens
+            draft.prompt_room = self.prompt_room.tokens(
+                draft.decoding, self.costs, limit, num_receiving=len(self.receiving)
+            )
+        return min(draft.tokens_left, draft.prompt_room - draft.prompt_tokens)
+
     # ------------------------------------------------------------------ admission
 
     def _admit(self, seq: Sequence, limit: int, draft: Draft) -> None:
         """Let a sequence out of the queue, or end admission for this iteration."""
         if not draft.admits or seq not in self.waiting:
             return
-        if (draft.tokens_left == 0 and not seq.remote) or not self._reserve_blocks(seq):
+        if not seq.remote:
+            limit = min(limit, draft.tokens_left, self._room_for_prompts(draft))
+        if not limit or not self._reserve_blocks(seq):
             draft.admits = False
             return
         self._move(seq, "receiving" if seq.remote else "running")
@@ -232,7 +319,7 @@ class Scheduler:
         start, seq.num_computed = seq.num_computed, max(seq.num_computed, num_tokens)
         # The newest token may be computed here after all (`fall_back`), and a block that others can
         # find is never written again: so the block of the newest token is published by `join`.
-        self._publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
+        self.publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
 
     def join(self, seq: Sequence) -> None:
         """Let a receiving sequence decode: all KV but the newest token's must be in place."""
@@ -249,10 +336,22 @@ class Scheduler:
         seq.num_computed = min(seq.num_computed, seq.num_tokens - 1)
         self._start_running(seq)
 
+    def hand_out(self, seq: Sequence) -> None:
+        """Let a prefill worker compute what is left of a running prompt: `fall_back` undone.
+
+        It keeps its blocks and what is in them, and must hold those of all its tokens.
+        """
+        if seq.phase != "running" or seq.num_uncomputed < 2 or not self.has_room(seq):
+            raise ValueError(
+                f"{holder_of(seq)} is {seq.phase} with {seq.num_uncomputed} to compute"
+            )
+        seq.remote = True
+        self._move(seq, "receiving")
+
     def _start_running(self, seq: Sequence) -> None:
         seq.remote = False
         self._move(seq, "running")
-        self._publish(seq, 0, seq.num_computed)
+        self.publish(seq, 0, seq.num_computed)
 
     def _require_receiving(self, seq: Sequence) -> None:
         if seq.phase != "receiving":
@@ -261,7 +360,8 @@ class Scheduler:
     def finish(self, seq: Sequence, reason: FinishReason | None) -> None:
         """End a sequence in whatever phase it is; None: cancelled. Ending it twice changes nothing.
 
-        Gives back its request holds only: what a transfer still holds stays held.
+        Gives back its request holds only, and those when no iteration under way writes its blocks
+        any more: what a transfer still holds stays held.
         """
         if seq.phase != "finished":
             self._leave(seq, "finished")
@@ -278,9 +378,13 @@ class Scheduler:
 
     def _leave(self, seq: Sequence, phase: Phase) -> None:
         self._move(seq, phase)
+        if not seq.num_under_way:
+            self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
         self.pool.release(seq.block_table, holder_of(seq))
         seq.block_table = []
-        seq.num_computed = 0
+        seq.num_computed = seq.num_in_flight = 0
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
@@ -289,7 +393,7 @@ class Scheduler:
         salt = seq.request.cache_salt
         extend_hashes(seq.block_hashes, seq.token_ids, self.pool.block_size, salt)
 
-    def _publish(self, seq: Sequence, start: int, end: int) -> None:
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
         """Make the blocks findable that are full now that tokens [start, end) have their KV."""
         blocks = range(start // self.pool.block_size, end // self.pool.block_size)
         if not blocks or not self.pool.prefix_cache:

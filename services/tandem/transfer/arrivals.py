@@ -35,7 +35,7 @@ class Arrivals:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._ring = StagingRing(context.blocks, context.spec)
+        self._ring = StagingRing(context.blocks, context.backend)
         self._posted: deque[Arrival] = deque()
         self._last_posted = 0
         self._arrived_at = 0.0

@@ -40,7 +40,7 @@ class Packer:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._ring = StagingRing(context.blocks, context.spec)
+        self._ring = StagingRing(context.blocks, context.backend)
         self._filling: _Departure | None = None
         self._departures: deque[_Departure] = deque()
         self._arrived_at = 0.0

@@ -14,8 +14,8 @@ from math import prod
 
 import torch
 
+from tandem.transfer.spec import Backend
 from tandem.transfer.types import KVBlocks
-from tandem.v1 import worker_pb2
 
 MAX_SENDS = 16
 """Sends that one direction of a link has between the blocks and the peer's blocks."""
@@ -43,11 +43,11 @@ class StagingRing:
     Where KV is on a GPU and the wire is not, the ring is pinned host memory.
     """
 
-    def __init__(self, blocks: KVBlocks, spec: worker_pb2.KVSpec) -> None:
+    def __init__(self, blocks: KVBlocks, backend: Backend) -> None:
         self._blocks = blocks
         self._device = blocks.kv.device
-        self._on_host = self._device.type == "cuda" and spec.backend == "gloo"
-        self._tail = (spec.num_kv_heads, spec.head_dim)
+        self._on_host = self._device.type == "cuda" and backend == "gloo"
+        self._tail = tuple(blocks.kv.shape[-2:])  # of the heads that this link carries
         self._bytes = self._allocate(_ALIGNMENT)
         self._taken: deque[Region] = deque()
         self._stream = (

@@ -234,6 +234,9 @@ class WorkerStatus(_message.Message):
     MODEL_INFO_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    LENT_REQUESTS_FIELD_NUMBER: _builtins.int
+    LENT_TOKENS_FIELD_NUMBER: _builtins.int
     KV_CAPACITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: Global___Role.ValueType
@@ -262,6 +265,11 @@ class WorkerStatus(_message.Message):
     """that its scheduler follows"""
     kernels: _builtins.str
     """implementation that its forward passes run on"""
+    tensor_parallel: _builtins.int
+    """its ranks"""
+    lent_requests: _builtins.int
+    """served with its slack for the other pool"""
+    lent_tokens: _builtins.int
     kv_capacity: _builtins.str
     """blocks, tokens, bytes, and what they were derived from"""
     @_builtins.property
@@ -292,11 +300,14 @@ class WorkerStatus(_message.Message):
         model_info: Global___ModelInfo | None = ...,
         policy: _builtins.str = ...,
         kernels: _builtins.str = ...,
+        tensor_parallel: _builtins.int = ...,
+        lent_requests: _builtins.int = ...,
+        lent_tokens: _builtins.int = ...,
         kv_capacity: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model_info", b"model_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "kv_capacity", b"kv_capacity", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "kv_capacity", b"kv_capacity", "lent_requests", b"lent_requests", "lent_tokens", b"lent_tokens", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
