@@ -128,13 +128,13 @@ async def test_a_link_that_breaks_is_rebuilt_and_nothing_is_lost(
 
     def break_once(self: Any, buffer: Any) -> Any:
         sends.append(1)
-        if len(sends) == 6:
+        if len(sends) == 2:  # the first is the byte that proves that the link works
             self.abort()
         return send(self, buffer)
 
     monkeypatch.setattr(GlooGroup, "post_send", break_once)
     assert await pair.serve(PROMPT) == expected
-    assert len(sends) > 6 * 3, "six chunks in three groups of layers, and some of them again"
+    assert len(sends) >= 4, "both bytes that open a link, what broke, and the same again"
     assert not pair.need_prefill, "the request never noticed"
 
 
