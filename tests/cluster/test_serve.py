@@ -119,7 +119,7 @@ def test_a_trace_of_the_live_cluster_has_its_gateway_and_its_workers(
     assert "submitted -> first prefill iteration" in done.stdout
     assert "prefill-0" in page.read_text()
     lines = [json.loads(line) for line in events.read_text().splitlines()]
-    assert {"received", "submitted", "arrived", "joined"} <= {line.get("name") for line in lines}
+    assert {"received", "submitted", "arrived", "finished"} <= {line.get("name") for line in lines}
     assert any(line["event"] == "iteration" for line in lines)
 
 
