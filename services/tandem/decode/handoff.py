@@ -202,7 +202,8 @@ class Handoff:
         runtime, sequence = self._runtime, active.sequence
         held = min(sequence.num_computed, leg.num_tokens - 1)
         leg.phase = "granted"
-        leg.last_event_at = time.monotonic()
+        leg.granted_at = leg.last_event_at = time.monotonic()
+        leg.num_granted = leg.num_tokens - held
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
         self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
         slots = runtime.engine.storage.slots(sequence.block_table, held, leg.num_tokens)
@@ -270,6 +271,8 @@ class Handoff:
         if leg.landing.contiguous < leg.num_tokens:
             return
         runtime = self._runtime
+        seconds = time.monotonic() - leg.granted_at
+        runtime.scheduler.preemption.prefilled(leg.num_granted, seconds)
         exposed = max(0.0, leg.last_piece_at - leg.first_token_at)
         runtime.metrics.observe_stage("transfer", leg.transfer_seconds)
         runtime.metrics.observe_stage("transfer_exposed", exposed)

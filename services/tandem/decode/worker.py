@@ -117,6 +117,7 @@ class DecodeWorker:
             self._preempted(self._by_sequence[sequence])
         for sequence in plan.admitted:
             self._admitted(self._by_sequence[sequence])
+        self._runtime.start_copies()
         settled = self._pipeline.run(plan)
         self._flush()
         return bool(settled or plan.chunks or plan.preempted or plan.admitted)
@@ -201,6 +202,8 @@ class DecodeWorker:
     def _prefill(self, active: ActiveRequest) -> None:
         """Send a sequence where the KV of its tokens is to be made."""
         sequence = active.sequence
+        if self._runtime.scheduler.is_restoring(sequence):
+            return  # `restored` asks again
         if active.target is not None and self._is_worth_remote(sequence):
             self._handoff.begin(active, active.target)
             return
@@ -219,15 +222,24 @@ class DecodeWorker:
     def _admitted(self, active: ActiveRequest) -> None:
         sequence = active.sequence
         self._runtime.count_prefix_lookup(sequence)
-        if sequence.remote:
+        if sequence.remote and not self._runtime.scheduler.is_restoring(sequence):
             self._handoff.admitted(active)
         if active.leg is None:  # prefilled here
             active.started_at = active.started_at or time.monotonic()
             if active.cached_tokens is None:
                 active.cached_tokens = min(sequence.num_cached, active.request.prompt_len)
 
+    def restored(self, sequence: Sequence) -> None:
+        """What host memory had of a sequence is in its blocks."""
+        active = self._by_sequence[sequence]
+        if not sequence.remote:
+            self._runtime.scheduler.fall_back(sequence)
+        elif active.leg is not None:
+            self._handoff.admitted(active)
+        elif active.awaiting_reassign_since is None:
+            self._prefill(active)
+
     def _preempted(self, active: ActiveRequest) -> None:
-        self._runtime.metrics.preemptions.inc()
         log.info("preempted", request=active.request.request_id, tokens=active.sequence.num_tokens)
         self._prefill(active)
 
