@@ -126,6 +126,9 @@ class DecodeWorker:
         """Apply the deadlines of the queue, of a prefill elsewhere and of a reassignment."""
         now, config = time.monotonic(), self._runtime.config.worker
         self._handoff.tick(now)
+        host_value = self._runtime.scheduler.preemption.host_value
+        for session in self._sessions:
+            session.report_prefixes(self._runtime.journal, host_value)
         for active in list(self._active.values()):
             since = active.awaiting_reassign_since
             if since is not None and now - since > config.reassign_timeout:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tandem.core.config import CacheConfig
 from tandem.kvcache.block_pool import BlockPool
 
 CopyKind = Literal["swap_out", "swap_in", "spill", "restore"]
@@ -198,3 +199,17 @@ class HostTier:
 
 def _holder(number: int) -> str:
     return f"copy:{number}"
+
+
+def make_host_tier(
+    cache: CacheConfig, pool: BlockPool, block_bytes: int, *, swaps: bool
+) -> HostTier | None:
+    """Return the host tier that the configuration asks for; None for none.
+
+    `swaps`: whether sequences of this worker are preempted. Room for swapping is never more than
+    the device's blocks: to swap out more at once is no use.
+    """
+    spilled = cache.host_memory_bytes // block_bytes if cache.prefix_cache else 0
+    swapped = cache.swap_memory_bytes // block_bytes if swaps else 0
+    num_blocks = max(spilled, min(swapped, pool.num_blocks))
+    return HostTier(pool, num_blocks, spills=spilled > 0) if num_blocks else None

@@ -43,9 +43,16 @@ class Mean:
 class Preemption:
     """What this worker has measured of each way, and the choice between them."""
 
-    def __init__(self, config: SchedulerConfig, costs: CostEstimator, block_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        costs: CostEstimator,
+        block_bytes: int = 0,
+        block_size: int = 1,
+    ) -> None:
         self._mode = config.preemption
         self._costs = costs
+        self._block_size = block_size
         block_seconds = block_bytes / COPY_BYTES_PER_SECOND
         self._out, self._in = Mean(block_seconds), Mean(block_seconds)
         self._refill_per_token = Mean()
@@ -101,6 +108,16 @@ class Preemption:
         theirs, and the same is expected of this one. One token takes an iteration.
         """
         return most_tokens * (self._share_used.value or 0.0) * (self._step.value or 0.0)
+
+    @property
+    def host_value(self) -> float:
+        """Share of the time to compute a block that copying it back from host memory saves."""
+        tokens = 1024
+        computing = self.refill_seconds(tokens)
+        if computing <= 0:
+            return 0.5  # nobody knows yet
+        copying = self.copy_in_seconds(1) * tokens / self._block_size
+        return min(1.0, max(0.0, 1.0 - copying / computing))
 
     # ------------------------------------------------------------------ decisions
 

@@ -71,7 +71,7 @@ class Scheduler:
         self.pool = pool
         self.max_model_len = max_model_len
         self.costs = CostEstimator()
-        self.preemption = Preemption(config, self.costs, block_bytes)
+        self.preemption = Preemption(config, self.costs, block_bytes, pool.block_size)
         self.num_preempted: Counter[Way] = Counter()
         """Sequences that gave way, or waited for a block, since the start."""
         self._host = None if host_tier is None else HostCopies(host_tier, self.preemption)

@@ -100,6 +100,9 @@ class SimulatedDecode:
         if not (leg.first_token_at and leg.has_landed):
             return
         self._end_leg(flight)
+        self._loop.scheduler.preemption.prefilled(
+            leg.num_tokens - leg.held_tokens, self._clock.now - leg.granted_at
+        )
         self._gateway.report.exposed_transfer(max(0.0, leg.landed_at - leg.first_token_at))
         if flight.sequence.phase == "receiving":
             self._loop.scheduler.landed(flight.sequence, leg.num_tokens)
@@ -124,6 +127,8 @@ class SimulatedDecode:
     def admitted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
         leg, target = flight.leg, flight.prefill
+        if self._loop.scheduler.is_restoring(sequence):
+            return
         if not sequence.remote or leg is None or target is None:
             return
         if sequence.num_uncomputed <= self._local_max:
@@ -132,16 +137,22 @@ class SimulatedDecode:
             self._end_leg(flight)
             self._loop.scheduler.fall_back(sequence)
             return
+        leg.granted_at = self._clock.now
         leg.held_tokens = min(sequence.num_computed, leg.num_tokens - 1)
         if leg.was_asked:
             self._clock.after(self._rpc_seconds, target.grant, flight, leg)
         else:
             self._clock.after(self._rpc_seconds, target.prefill, flight, leg, True)
 
+    def restored(self, sequence: Sequence) -> None:
+        if sequence.remote:
+            self.admitted(sequence)
+        else:
+            self._loop.scheduler.fall_back(sequence)
+
     def preempted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
         flight.preemptions += 1
-        self._gateway.report.num_preemptions += 1
         self._prefill(flight)
 
     def computed(self, plan: IterationPlan, began: float) -> None:

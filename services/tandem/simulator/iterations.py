@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tandem.core.sequence import IterationPlan, Sequence
+from tandem.kvcache.host_tier import BlockCopy
 from tandem.scheduler import Scheduler
 from tandem.scheduler.costs import work_of
 from tandem.simulator.clock import Clock
@@ -34,6 +35,9 @@ class WorkerRole(Protocol):
 
     def sampled(self, sequence: Sequence) -> None: ...
 
+    def restored(self, sequence: Sequence) -> None:
+        """KV of an admitted sequence is back from host memory."""
+
 
 class IterationLoop:
     """Runs iterations of one worker while there is something to do."""
@@ -46,6 +50,7 @@ class IterationLoop:
         clock: Clock,
         use: PoolUse,
         recorder: Recorder | None,
+        copy_seconds_per_block: float = 0.0,
     ) -> None:
         self.name = name
         self.scheduler = scheduler
@@ -53,6 +58,8 @@ class IterationLoop:
         self._clock = clock
         self._use = use
         self._recorder = recorder
+        self._copy_seconds_per_block = copy_seconds_per_block
+        self._copies_end = 0.0
         self._busy = False
         self._ticking = False
 
@@ -73,6 +80,7 @@ class IterationLoop:
                 self._role.preempted(seq)
             for seq in plan.admitted:
                 self._role.admitted(seq)
+            self._start_copies(now)
         self._busy = bool(plan.chunks)
         if plan.chunks:
             seconds = self._cost.seconds(work_of(plan.chunks))
@@ -80,6 +88,19 @@ class IterationLoop:
         elif scheduler.waiting and not self._ticking:
             self._ticking = True
             self._clock.after(TICK_SECONDS, self._tick)
+
+    def _start_copies(self, now: float) -> None:
+        """Copies between the tiers run one after the other, beside the iterations."""
+        for copy in self.scheduler.take_copies():
+            seconds = len(copy.host_blocks) * self._copy_seconds_per_block
+            self._copies_end = max(now, self._copies_end) + seconds
+            self._clock.at(self._copies_end, self._copied, copy, seconds)
+
+    def _copied(self, copy: BlockCopy, seconds: float) -> None:
+        restored = self.scheduler.copied(copy, seconds)
+        if restored is not None:
+            self._role.restored(restored)
+        self.wake()
 
     def _tick(self) -> None:
         self._ticking = False

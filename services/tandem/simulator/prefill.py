@@ -93,6 +93,8 @@ class SimulatedPrefill:
 
     def admitted(self, sequence: Sequence) -> None:
         """Blocks are reserved: fetch what the decode worker has, send what is cached here."""
+        if self._loop.scheduler.is_restoring(sequence):
+            return
         flight, leg = self._by_sequence[sequence]
         self._ahead[flight.decode] -= leg.num_tokens
         cached, held, now = sequence.num_computed, leg.held_tokens, self._clock.now
@@ -102,8 +104,11 @@ class SimulatedPrefill:
             return
         if cached > held:
             leg.landed_at = self._links.send(self.name, flight.decode.name, cached - held, now)
-        if sequence.remote:
+        if sequence.phase == "receiving":
             self._loop.scheduler.fall_back(sequence)
+
+    def restored(self, sequence: Sequence) -> None:
+        self.admitted(sequence)
 
     def preempted(self, sequence: Sequence) -> None:
         """Never: all blocks of a prompt are reserved when it is admitted."""

@@ -52,6 +52,9 @@ class Profile(_Frozen):
     iteration: IterationCost
     link: LinkCost
     rpc_seconds: float = Field(0.0005, ge=0, description="one message between two processes")
+    host_bytes_per_second: float = Field(
+        8e9, gt=0, description="of copies of KV to and from host memory"
+    )
     num_blocks: int = Field(ge=1, description="KV blocks per worker")
     max_model_len: int = Field(ge=2)
 

@@ -15,30 +15,13 @@ from collections.abc import Callable
 import structlog
 import torch
 
-from tandem.core.config import CacheConfig
-from tandem.kvcache.block_pool import BlockPool
-from tandem.kvcache.host_tier import BlockCopy, HostTier
-from tandem.kvcache.storage import HostStorage, KVStorage
+from tandem.kvcache.host_tier import BlockCopy
+from tandem.kvcache.storage import HostStorage
 
 log = structlog.get_logger(__name__)
 
 Done = Callable[[BlockCopy, float, bool], None]
 """Hears of a copy's end: seconds that it took, and whether it succeeded."""
-
-
-def make_host_tier(
-    cache: CacheConfig, pool: BlockPool, storage: KVStorage, *, swaps: bool
-) -> HostTier | None:
-    """Return the host tier that the configuration asks for; None for none.
-
-    `swaps`: whether sequences of this worker are preempted. Room for swapping is never more than
-    the device's blocks, as no more can ever be swapped out at once with profit.
-    """
-    block_bytes = storage.bytes_per_token * cache.block_size
-    spilled = cache.host_memory_bytes // block_bytes if cache.prefix_cache else 0
-    swapped = cache.swap_memory_bytes // block_bytes if swaps else 0
-    num_blocks = max(spilled, min(swapped, pool.num_blocks))
-    return HostTier(pool, num_blocks, spills=spilled > 0) if num_blocks else None
 
 
 class HostCopier:

@@ -23,7 +23,8 @@ from tandem.core.sequence import IterationPlan, Sequence
 from tandem.engine.engine import Engine
 from tandem.engine.kv_capacity import Neighbours
 from tandem.kvcache.block_pool import BlockPool
-from tandem.kvcache.host_tier import BlockCopy
+from tandem.kvcache.host_tier import BlockCopy, make_host_tier
+from tandem.kvcache.prefix_journal import PrefixJournal
 from tandem.kvcache.storage import HostStorage
 from tandem.modelfiles import resolve_model, served_name
 from tandem.scheduler import PoolRole, Scheduler, make_policy, policy_name
@@ -31,7 +32,7 @@ from tandem.transfer import LinkBudget, PeerTransfer, Rendezvous, TransferEvents
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
-from tandem.worker.host_copier import HostCopier, make_host_tier
+from tandem.worker.host_copier import HostCopier
 from tandem.worker.metrics import WorkerMetrics
 
 log = structlog.get_logger(__name__)
@@ -122,8 +123,9 @@ class WorkerRuntime:
         )
         max_model_len = self.engine.spec.max_model_len
         storage = self.engine.storage
+        block_bytes = storage.bytes_per_token * config.cache.block_size
         self.host_tier = make_host_tier(
-            config.cache, self.pool, storage, swaps=self.role_name == "decode"
+            config.cache, self.pool, block_bytes, swaps=self.role_name == "decode"
         )
         self.scheduler = Scheduler(
             config.scheduler,
@@ -131,12 +133,14 @@ class WorkerRuntime:
             max_model_len,
             policy,
             self.host_tier,
-            storage.bytes_per_token * config.cache.block_size,
+            block_bytes,
         )
+        in_host = None if self.host_tier is None else self.host_tier.pool
+        self.journal = PrefixJournal(self.pool, in_host)
         self._copier: HostCopier | None = None
         if self.host_tier is not None:
-            in_host = HostStorage(storage, self.host_tier.pool.num_blocks)
-            self._copier = HostCopier(self.name, in_host, storage.device, self._post_copied)
+            kv_in_host = HostStorage(storage, self.host_tier.pool.num_blocks)
+            self._copier = HostCopier(self.name, kv_in_host, storage.device, self._post_copied)
         self.kv_spec = make_kv_spec(
             self.model_name, self.engine.spec.revision, self.engine.storage, config.transfer
         )
