@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-triton lint format proto bench bench-gateway bench-scheduling bench-micro bench-startup bench-gpu fuzz-kernels bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-scheduling bench-micro bench-startup bench-gpu bench-simulator bench-prediction fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -54,11 +54,31 @@ proto: $(STAMP)  ## generate services/tandem/v1 from proto/
 bench: $(STAMP)  ## disaggregated against colocated serving, one table
 	@$(BIN)/python -m benchmarks.serving $(ARGS)
 
+BENCH_STAMP := $(VENV)/.installed-bench
+$(BENCH_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,bench]'
+	@touch $(BENCH_STAMP)
+
+bench-peers: $(BENCH_STAMP)  ## Tandem and other engines in turn, installs them (ARGS="--only tandem,vllm")
+	@$(BIN)/python -m benchmarks.peers.run $(ARGS)
+
+bench-cluster: $(BENCH_STAMP)  ## serving systems under a sweep of load (ARGS="--only tandem --seconds 80")
+	@$(BIN)/python -m benchmarks.cluster.run $(ARGS)
+
 bench-gateway: $(STAMP)  ## what the path from a decode worker to a client costs
 	@$(BIN)/python -m benchmarks.gateway $(ARGS)
 
+bench-stages: $(STAMP)  ## where the time of a request goes before its tokens flow, from traces
+	@$(BIN)/python -m benchmarks.stages $(ARGS)
+
 bench-gpu: $(STAMP)  ## check and measure everything that needs a GPU; see docs/gpu-results.md
 	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
+
+bench-simulator: $(STAMP)  ## simulate 1,000 workers and 1,000,000 requests (ARGS="--requests 100000")
+	@$(BIN)/python -m benchmarks.simulator $(ARGS)
+
+bench-prediction: $(STAMP)  ## what the simulator predicts against what the cluster does (ARGS="--model qwen")
+	@$(BIN)/python -m benchmarks.prediction $(ARGS)
 
 bench-scheduling: $(STAMP)  ## what an iteration's scheduling and a routing decision cost
 	@$(BIN)/python -m benchmarks.scheduling $(ARGS)

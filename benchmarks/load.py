@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import orjson
 import uvloop
 
 from benchmarks.measures import RequestRecord, percentile
+from benchmarks.pair import PairError, prefill_elsewhere
 from benchmarks.stream import CompletionStream, StreamedAnswer, completion_request
 from benchmarks.workload import PlannedRequest
 
@@ -40,6 +41,10 @@ class LoadJob:
     """Seconds that one request may take."""
     niceness: int
     requests: tuple[PlannedRequest, ...]
+    prefill_port: int = 0
+    """Where prompts are computed first, before vLLM's decode server at `port`; 0: nowhere."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields of every request that only this server knows."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,7 @@ class ClientCost:
 
 async def replay(job: LoadJob) -> tuple[list[RequestRecord], ClientCost]:
     """Send every request when it is due and wait for all answers."""
-    payloads = [
-        completion_request(job.host, job.model, request.prompt, request.max_tokens)
-        for request in job.requests
-    ]
+    payloads = [_payload(job, request, {}) for request in job.requests]
     lags: list[float] = []
     probe = asyncio.create_task(_probe(lags))
     cpu, start = time.process_time(), time.perf_counter()
@@ -89,7 +91,7 @@ async def _send(
     """Send one request at its time. The clock of TTFT starts before the connection is made."""
     await asyncio.sleep(max(0.0, start + request.at - time.perf_counter()))
     sent_at = time.perf_counter()
-    answer = await _stream(job, payload)
+    answer = await (_pair(job, request) if job.prefill_port else _stream(job, payload))
     return RequestRecord(
         index=request.index,
         scheduled_at=request.at,
@@ -100,6 +102,22 @@ async def _send(
         cached_tokens=answer.cached_tokens,
         error=answer.error,
     )
+
+
+def _payload(job: LoadJob, request: PlannedRequest, more: dict[str, Any]) -> bytes:
+    return completion_request(
+        job.host, job.model, request.prompt, request.max_tokens, {**job.extra, **more}
+    )
+
+
+async def _pair(job: LoadJob, request: PlannedRequest) -> StreamedAnswer:
+    """Send one request to a prefill server, then to its decode server."""
+    try:
+        async with asyncio.timeout(job.timeout):
+            more = await prefill_elsewhere(job.host, job.prefill_port, job.model, request.prompt)
+    except (OSError, PairError) as error:  # a timeout is an OSError too
+        return StreamedAnswer(error=f"prefill: {error or 'no end'}")
+    return await _stream(job, _payload(job, request, more))
 
 
 async def _stream(job: LoadJob, payload: bytes) -> StreamedAnswer:

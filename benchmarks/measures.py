@@ -19,6 +19,8 @@ class Objectives:
 
     ttft: float
     tpot: float
+    gap: float | None = None
+    """No gap between two tokens may be longer; None: any may."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class RequestRecord:
         if not self.ok:
             return False
         tpot = self.tpot
-        return self.ttft <= objectives.ttft and (tpot is None or tpot <= objectives.tpot)
+        if self.ttft > objectives.ttft or (tpot is not None and tpot > objectives.tpot):
+            return False
+        return objectives.gap is None or max(self.gaps, default=0.0) <= objectives.gap
 
 
 def percentile(values: Iterable[float], percent: float) -> float | None:
@@ -97,6 +101,7 @@ def summarize(records: Sequence[RequestRecord], objectives: Objectives) -> dict[
         "ttft_mean": fmean(ttfts) if ttfts else None,
         "ttft_p50": percentile(ttfts, 50),
         "ttft_p99": percentile(ttfts, 99),
+        "ttft_max": max(ttfts, default=None),
         "itl_p50": percentile(gaps, 50),
         "itl_p99": percentile(gaps, 99),
         "itl_max": max(gaps, default=None),

@@ -25,6 +25,8 @@ from tandem.engine import Engine
 BLOCK_SIZE = 16
 PREFILLS = 3
 WARM_UP = 3
+TOGETHER = 8
+"""Prompts that are prefilled in one iteration."""
 
 
 def measure(
@@ -48,8 +50,8 @@ def measure(
     decode = {}
     for count in batches:
         sequences = _sequences(count, context, per_sequence)
-        for sequence in sequences:
-            _prefill(engine, [sequence])
+        for start in range(0, count, TOGETHER):
+            _prefill(engine, sequences[start : start + TOGETHER])
         times = [_step(engine, sequences) for _ in range(WARM_UP + steps)]
         decode[str(count)] = count / median(times[WARM_UP:])
     return {"kernels": engine.kernels, "prefill": median(prefills), "decode": decode}

@@ -7,8 +7,9 @@ in copies larger than any cache, so that what should come from memory does.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle
 from statistics import median
 
@@ -23,6 +24,8 @@ from tandem_kernels.silu_mul import silu_mul
 
 COLD_BYTES = 256 * 2**20
 """Copies of an operand together are at least this large."""
+BUDGET = 1.0
+"""Seconds after which a measurement that has been repeated once is not repeated again."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ class Measured:
 
 
 def seconds_of(call: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call after one that warms up."""
+    """Return the median time of a call after one that warms up; fewer calls where they are slow."""
     call()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < repeats and sum(times) < BUDGET):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -81,18 +84,16 @@ def measure_bounds(repeats: int, size: int = COLD_BYTES) -> Bounds:
     return Bounds(max(reading, copying), flops)
 
 
-def measure_operations(shape: Shape, bounds: Bounds, repeats: int) -> list[Measured]:
-    """Measure everything that an iteration is made of, in bfloat16."""
+def measure_operations(shape: Shape, bounds: Bounds, repeats: int) -> Iterator[Measured]:
+    """Measure everything that an iteration is made of, in bfloat16, one operation at a time."""
     context = cpu.Context(torch.get_num_threads())
-    return [
-        *(_gated(context, shape, bounds, count, repeats) for count in (1, 4, 8, 16, 32)),
-        _gated(context, shape, bounds, shape.prompt, repeats),
-        _head(context, shape, bounds, 8, repeats),
-        _attention(context, shape, bounds, [(shape.prompt, 1)] * 8, repeats),
-        _attention(context, shape, bounds, [(0, shape.prompt)], repeats),
-        _norm(context, shape, bounds, repeats),
-        _choice(context, shape, bounds, 8, repeats),
-    ]
+    for count in (1, 4, 8, 16, 32, shape.prompt):
+        yield _gated(context, shape, bounds, count, repeats)
+    yield _head(context, shape, bounds, 8, repeats)
+    yield _attention(context, shape, bounds, [(shape.prompt, 1)] * 8, repeats)
+    yield _attention(context, shape, bounds, [(0, shape.prompt)], repeats)
+    yield _norm(context, shape, bounds, repeats)
+    yield _choice(context, shape, bounds, 8, repeats)
 
 
 def _copies(size: int) -> int:
@@ -104,8 +105,7 @@ def _gated(
 ) -> Measured:
     outputs, inputs = 2 * shape.inner, shape.hidden
     size = outputs * inputs * 2
-    weights = [torch.randn(outputs, inputs).bfloat16() for _ in range(_copies(size))]
-    packed = [cpu.pack_gate_up(context, weight, None) for weight in weights]
+    weights, packed = _gated_weights(context, outputs, inputs)
     x = torch.randn(count, inputs).bfloat16()
     ours, theirs = cycle(packed), cycle(weights)
     return Measured(
@@ -116,6 +116,16 @@ def _gated(
             size / bounds.read_bytes, 2 * outputs * inputs * count / bounds.gemm_flops
         ),
     )
+
+
+@lru_cache(maxsize=1)
+def _gated_weights(
+    context: cpu.Context, outputs: int, inputs: int
+) -> tuple[list[Tensor], list[cpu.PackedLinear]]:
+    """Return copies of a weight as torch reads it and as we do, made once for all row counts."""
+    weight = torch.randn(outputs, inputs).bfloat16()
+    weights = [weight.clone() for _ in range(_copies(outputs * inputs * 2))]
+    return weights, [cpu.pack_gate_up(context, weight, None) for weight in weights]
 
 
 def _head(context: cpu.Context, shape: Shape, bounds: Bounds, count: int, repeats: int) -> Measured:

@@ -1,12 +1,15 @@
-"""Makes the model that weighs as much as a real one: the shape of Qwen2.5-0.5B, random weights.
+"""Makes the models that benchmarks run: the shapes of real ones, random weights.
 
-Weights do not matter to how fast a model runs. Made once, the same on every machine, and kept
-in benchmarks/.cache (about 1 GB); run this file to make it without a benchmark.
+One weighs as much as Qwen2.5-0.5B, so memory and arithmetic decide; one has 15 million parameters,
+so overhead does. Weights do not matter to how fast a model runs. Made once, the same on every
+machine, and kept in benchmarks/.cache (about 1 GB), or wherever TANDEM_BENCH_CACHE says; run this
+file to make them without a benchmark. Other engines load them too.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from itertools import islice, product
@@ -19,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-CACHE = Path(__file__).parent / ".cache"
-NAME = "qwen2.5-0.5b-shape-v1"
+CACHE = Path(os.environ.get("TANDEM_BENCH_CACHE") or Path(__file__).parent / ".cache").resolve()
+QWEN_NAME, LLAMA_NAME = "qwen2.5-0.5b-shape-v2", "llama-15m-shape-v1"
 FREE_BYTES_NEEDED = 2 * 2**30
 SEED = 20
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -46,13 +49,44 @@ QWEN_SHAPE: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 
+LLAMA_SHAPE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 288,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+}
+
 
 def qwen_shaped_model(cache: Path = CACHE, shape: dict[str, Any] = QWEN_SHAPE) -> Path:
-    """Return the model's directory, making it first if it is not in the cache.
+    """Return the directory of the model of half a billion parameters, making it if need be.
 
     Raises `OSError` when the disk has no room for it.
     """
-    directory = cache / NAME
+    return _made_once(cache, QWEN_NAME, shape)
+
+
+def llama_shaped_model(cache: Path = CACHE, shape: dict[str, Any] = LLAMA_SHAPE) -> Path:
+    """Return the directory of the model of 15 million parameters; as `qwen_shaped_model`."""
+    return _made_once(cache, LLAMA_NAME, shape)
+
+
+def _made_once(cache: Path, name: str, shape: dict[str, Any]) -> Path:
+    directory = cache / name
     if directory.is_dir():
         return directory
     cache.mkdir(parents=True, exist_ok=True)
@@ -90,6 +124,7 @@ def _weights(shape: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(SEED)
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    biased = shape["model_type"] == "qwen2"
 
     def drawn(*size: int) -> torch.Tensor:
         deviation: float = shape["initializer_range"]
@@ -105,7 +140,8 @@ def _weights(shape: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         yield layer + "post_attention_layernorm.weight", ones()
         for name, size in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv)):
             yield f"{layer}self_attn.{name}.weight", drawn(size, hidden)
-            yield f"{layer}self_attn.{name}.bias", torch.zeros(size, dtype=torch.bfloat16)
+            if biased:
+                yield f"{layer}self_attn.{name}.bias", torch.zeros(size, dtype=torch.bfloat16)
         yield layer + "self_attn.o_proj.weight", drawn(hidden, hidden)
         yield layer + "mlp.gate_proj.weight", drawn(inner, hidden)
         yield layer + "mlp.up_proj.weight", drawn(inner, hidden)
@@ -114,18 +150,25 @@ def _weights(shape: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of the right size: the bytes, then made-up words, so every id has a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ("Ġ" + "".join(letters) for letters in product(ascii_lowercase, repeat=4))
-    fixed = [*SPECIAL_TOKENS, *alphabet]
-    texts = [*fixed, *islice(words, vocab_size - len(fixed))]
+    """A byte-level BPE of the right size: the bytes, then made-up words of one merge each."""
+    fixed = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = list(islice(_merges(), vocab_size - len(fixed)))
+    texts = [*fixed, *(left + right for left, right in merges)]
     vocabulary = {text: number for number, text in enumerate(texts[:vocab_size])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
 
 
+def _merges() -> Iterator[tuple[str, str]]:
+    """Yield merges whose parts are letters or what an earlier merge made."""
+    pairs = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
+    yield from ((pair[0], pair[1]) for pair in pairs)
+    yield from (("Ġ", pair) for pair in pairs)
+    yield from (("Ġ" + first, second) for first, second in product(pairs, repeat=2))
+
+
 if __name__ == "__main__":
-    print(qwen_shaped_model())
+    print(qwen_shaped_model(), llama_shaped_model(), sep="\n")

@@ -76,7 +76,7 @@ def render_table(figures: Mapping[str, Sequence[Figures]]) -> str:
     for row in ROWS:
         spreads = [spread(figures[mode], row.name) for mode in modes]
         lines.append([row.label, *(_cell(row, item) for item in spreads), _quotient(row, spreads)])
-    return _align(lines)
+    return align(lines)
 
 
 def _cell(row: Row, item: Spread | None) -> str:
@@ -93,7 +93,7 @@ def _quotient(row: Row, spreads: Sequence[Spread | None]) -> str:
     return f"{first.median / second.median:.2f}×"
 
 
-def _align(lines: Sequence[Sequence[str]]) -> str:
+def align(lines: Sequence[Sequence[str]]) -> str:
     """Return markdown with columns of even width, figures to the right."""
     widths = [max(_width(line[column]) for line in lines) for column in range(len(lines[0]))]
     rendered = ["| " + " | ".join(_pad(line, widths)) + " |" for line in lines]

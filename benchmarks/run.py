@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.client import LoadError, run_client
 from benchmarks.launch import RunningCluster, running_cluster
-from benchmarks.load import ClientCost, LoadJob, read_result, write_job
+from benchmarks.load import ClientCost, LoadJob
 from benchmarks.machine import CpuUse
 from benchmarks.measures import RequestRecord, ratio, summarize
 from benchmarks.report import Figures
@@ -24,11 +20,6 @@ from benchmarks.workload import PlannedRequest
 WARM_UP_REQUESTS = 3
 WARM_UP_PROMPT = 128
 WARM_UP_TOKENS = 8
-ROOT = Path(__file__).parent.parent
-
-
-class LoadError(Exception):
-    """The load client did not end well."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +55,12 @@ def measure(
 ) -> RunResult:
     """Run one workload on one cluster. Raises `ClusterError` or `LoadError`."""
     with running_cluster(scenario.config(mode)) as cluster:
-        warmed_up, _ = _replay(scenario, cluster, _warm_up(requests), niceness)
+        warmed_up, _ = replay(scenario, cluster, _warm_up(requests), niceness)
         if failed := [record.error for record in warmed_up if not record.ok]:
             raise LoadError(f"a request of the warm-up failed: {failed[0] or 'tokens are missing'}")
         counters = read_counters(cluster.metrics_addresses)
         cpu = CpuUse.now(cluster.pid)
-        records, client = _replay(scenario, cluster, requests, niceness)
+        records, client = replay(scenario, cluster, requests, niceness)
         after = CpuUse.now(cluster.pid)
         counters = read_counters(cluster.metrics_addresses).since(counters)
     figures = summarize(records, scenario.objectives)
@@ -121,13 +112,13 @@ def _warm_up(requests: Sequence[PlannedRequest]) -> list[PlannedRequest]:
     ]
 
 
-def _replay(
+def replay(
     scenario: Scenario,
     cluster: RunningCluster,
     requests: Sequence[PlannedRequest],
     niceness: int,
 ) -> tuple[list[RequestRecord], ClientCost]:
-    """Let the load client send the requests, in its own process."""
+    """Let the load client send the requests, in its own process. Raises `LoadError`."""
     job = LoadJob(
         host=cluster.host,
         port=cluster.port,
@@ -136,23 +127,7 @@ def _replay(
         niceness=niceness,
         requests=tuple(requests),
     )
-    with TemporaryDirectory(prefix="tandem-load-") as directory:
-        workload, result = Path(directory) / "job.json", Path(directory) / "result.json"
-        write_job(workload, job)
-        client = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.load", str(workload), str(result)],
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        try:
-            code = client.wait()
-        finally:
-            with suppress(ProcessLookupError):
-                client.kill()
-            client.wait()
-        if code:
-            raise LoadError(f"the load client ended with {code}")
-        return read_result(result)
+    return run_client(job)
 
 
 def _rounded(record: RequestRecord) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.client import ROOT, LoadError
 from benchmarks.launch import ClusterError
 from benchmarks.load import NICENESS
 from benchmarks.machine import describe_machine
 from benchmarks.models import qwen_shaped_model
 from benchmarks.report import machine_line, render_table, save
-from benchmarks.run import ROOT, LoadError, RunResult, measure
+from benchmarks.run import RunResult, measure
 from benchmarks.scenario import MODES, Scenario, bundled, quick, qwen
 from benchmarks.workload import (
     Mix,

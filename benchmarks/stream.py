@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -118,16 +119,33 @@ class CompletionStream(asyncio.Protocol):
         if "error" in content:
             answer.error = str(content["error"])
         for choice in content.get("choices") or ():
-            answer.token_times.extend([now] * len(choice.get("token_ids") or ()))
+            answer.token_times.extend([now] * _tokens(choice))
         if usage := content.get("usage"):
             answer.prompt_tokens = usage["prompt_tokens"]
             details = usage.get("prompt_tokens_details") or {}
             answer.cached_tokens = details.get("cached_tokens") or 0
 
 
-def completion_request(host: str, model: str, prompt: tuple[int, ...], max_tokens: int) -> bytes:
-    """Return the bytes of a greedy streaming completion that ends at `max_tokens` exactly."""
-    body = orjson.dumps(
+def _tokens(choice: Mapping[str, Any]) -> int:
+    """Tokens of an event; of a server that does not give their ids, one for an event with text."""
+    if "token_ids" in choice:
+        return len(choice["token_ids"] or ())
+    return 1 if choice.get("text") else 0
+
+
+def completion_request(
+    host: str,
+    model: str,
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """Return the bytes of a greedy streaming completion that ends at `max_tokens` exactly.
+
+    `extra` are fields that only some servers know.
+    """
+    return post_request(
+        host,
         {
             "model": model,
             "prompt": prompt,
@@ -137,8 +155,14 @@ def completion_request(host: str, model: str, prompt: tuple[int, ...], max_token
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
-        }
+            **(extra or {}),
+        },
     )
+
+
+def post_request(host: str, content: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a request to the completions endpoint, one per connection."""
+    body = orjson.dumps(content)
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -1,7 +1,7 @@
-"""Draws the pictures of docs/scheduling.md and computes its table, from runs of the simulator.
+"""Draws the pictures of docs/scheduling.md and computes its tables, from runs of the simulator.
 
     python docs/make_scheduling.py                      # the pictures
-    python docs/make_scheduling.py --trace AZURE.csv    # and the table
+    python docs/make_scheduling.py --azure AZURE.csv --mooncake CONVERSATION.jsonl    # and tables
 
 The pictures show the same four requests under every policy.
 """
@@ -9,20 +9,20 @@ The pictures show the same four requests under every policy.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tandem.core.config import TandemConfig
 from tandem.scheduler.policies import POLICIES
 from tandem.simulator import ClusterSpec, Profile, TraceRequest, load_profile, read_trace, simulate
-from tandem.simulator.timeline import Recorder, render_svg
+from tandem.timeline.events import Timeline
+from tandem.timeline.picture import render_svg
 
 DOCS = Path(__file__).parent
 PICTURES = DOCS / "images/scheduling"
 PAGE = DOCS / "scheduling.md"
-TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- /table -->)", re.DOTALL)
 
 REQUESTS = [
     TraceRequest(0.0000, 60, 26, tenant="red"),
@@ -54,8 +54,21 @@ MACHINE = Profile.model_validate(
     }
 )
 FROM, SECONDS = 0.09, 0.27
-TABLE_REQUESTS, TABLE_SPEED = 6000, 4.0
-TABLE_SLO = {"ttft": 1.0, "tpot": 0.03, "itl": 0.2}
+
+
+class Comparison(NamedTuple):
+    """One table: all policies on a part of a trace."""
+
+    requests: int
+    speed: float
+    slo: dict[str, float]
+
+
+COMPARISONS = {
+    "azure": Comparison(6000, 4.0, {"ttft": 1.0, "tpot": 0.03, "itl": 0.2}),
+    "mooncake": Comparison(200, 0.6, {"ttft": 4.0, "tpot": 0.05, "itl": 0.3}),
+}
+SPLITS = ((0, 2), (1, 1))
 
 
 def pictures() -> Iterator[tuple[str, str]]:
@@ -64,6 +77,33 @@ def pictures() -> Iterator[tuple[str, str]]:
         yield name, _picture(name, num_prefill=0)
     yield "separate_pools", _picture("chunked_prefill", num_prefill=1)
     yield "fair_share_service", _service_plot()
+    for mode in ("threshold", "measured"):
+        yield f"lending_{mode}", _lending(mode)
+
+
+LENDING_REQUESTS = [
+    TraceRequest(at, prompt, 8)
+    for at, prompt in ((3.00, 300), (3.01, 240), (3.02, 260), (3.03, 60))
+]
+"""Four prompts that come together, after enough others for the workers to know what they cost."""
+
+
+def _lending(mode: str) -> str:
+    """One prefill and one decode worker, with and without lending."""
+    config = TandemConfig.model_validate(
+        {
+            "scheduler": {**SCHEDULER, "itl_objective": 0.05},
+            "worker": {"local_prefill_max_tokens": 8},
+            "lending": {"mode": mode},
+        }
+    )
+    warm_up = [TraceRequest(0.2 * i, 40, 3) for i in range(12)]
+    running = [TraceRequest(2.6, 20, 60), TraceRequest(2.7, 20, 60)]
+    machine = MACHINE.model_copy(update={"num_blocks": 400})
+    recorder = Timeline()
+    requests = [*warm_up, *running, *LENDING_REQUESTS]
+    simulate(requests, ClusterSpec(machine, config, 1, 1), {}, recorder)
+    return render_svg(recorder, ["prefill-0", "decode-0"], seconds=0.45, start=2.97)
 
 
 def _picture(policy: str, num_prefill: int) -> str:
@@ -71,9 +111,10 @@ def _picture(policy: str, num_prefill: int) -> str:
         {
             "scheduler": {**SCHEDULER, "policy": policy},
             "worker": {"local_prefill_max_tokens": 8},
+            "lending": {"mode": "threshold"},
         }
     )
-    recorder = Recorder()
+    recorder = Timeline()
     spec = ClusterSpec(MACHINE, config, num_prefill, 1)
     requests = REQUESTS
     if policy != "priority_classes":  # every policy heeds priorities; only this one lets them age
@@ -93,7 +134,7 @@ def service(policy: str) -> dict[str, list[tuple[float, float]]]:
     config = TandemConfig.model_validate(
         {"scheduler": {**SCHEDULER, "policy": policy, "max_running": 6}}
     )
-    recorder = Recorder()
+    recorder = Timeline()
     simulate(trace, ClusterSpec(MACHINE, config, 0, 1), {}, recorder)
     served: dict[str, list[tuple[float, float]]] = {"flood": [(0.0, 0.0)], "quiet": [(0.0, 0.0)]}
     for box in recorder.iterations:
@@ -135,31 +176,39 @@ def _service_plot() -> str:
 _THIN, _THICK, _END = 'fill="none" stroke="#999"', 'stroke-width="2"', 'text-anchor="end"'
 
 
-def table(trace: list[TraceRequest]) -> str:
+def table(trace: list[TraceRequest], slo: dict[str, float]) -> str:
     """Return the comparison of all policies, as Markdown."""
-    profile = load_profile(DOCS / "profiles/roofline-8b.yaml")
     head = "TTFT p50 / p99 s | TPOT p50 / p99 ms | longest gap p99 ms | objectives met"
     lines = [f"| policy | colocated: {head} | separate: {head} |", "|---" * 9 + "|"]
-    for policy in POLICIES:
-        cells = [f"`{policy}`"]
-        for num_prefill, num_decode in ((0, 2), (1, 1)):
-            config = TandemConfig.model_validate(
-                {
-                    "scheduler": {
-                        "policy": policy,
-                        "max_batch_tokens": 2048,
-                        "chunk_size": 512,
-                        "batch_size": 32,
-                        "ttft_objective": TABLE_SLO["ttft"],
-                        "itl_objective": TABLE_SLO["tpot"],
-                    }
-                }
-            )
-            spec = ClusterSpec(profile, config, num_prefill, num_decode)
-            cells += _cells(simulate(trace, spec, TABLE_SLO).summary())
-        lines.append("| " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
+    rows = [(policy, trace, slo) for policy in POLICIES]
+    with ProcessPoolExecutor() as executor:
+        for line in executor.map(_row, rows):
+            print(line, flush=True)
+            lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def _row(job: tuple[str, list[TraceRequest], dict[str, float]]) -> str:
+    """One policy, colocated and in separate pools."""
+    policy, trace, slo = job
+    profile, cells = load_profile(DOCS / "profiles/roofline-8b.yaml"), [f"`{policy}`"]
+    config = TandemConfig.model_validate(
+        {
+            "scheduler": {
+                "policy": policy,
+                "max_batch_tokens": 2048,
+                "chunk_size": 512,
+                "batch_size": 32,
+                "ttft_objective": slo["ttft"],
+                "itl_objective": slo["tpot"],
+            },
+            "lending": {"mode": "threshold"},
+        }
+    )
+    for num_prefill, num_decode in SPLITS:
+        spec = ClusterSpec(profile, config, num_prefill, num_decode)
+        cells += _cells(simulate(trace, spec, slo).summary())
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cells(summary: dict[str, Any]) -> list[str]:
@@ -175,15 +224,22 @@ def _cells(summary: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Write the pictures and, given a trace, the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--trace", type=Path, help="the Azure conversation trace")
+    for name in COMPARISONS:
+        parser.add_argument(f"--{name}", type=Path, help="the conversation trace of that name")
     arguments = parser.parse_args()
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name, svg in pictures():
         (PICTURES / f"{name}.svg").write_text(svg, encoding="utf-8")
-    if arguments.trace:
-        rows = table(read_trace(arguments.trace, TABLE_REQUESTS, TABLE_SPEED))
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(TABLE.sub(lambda _: rows, page), encoding="utf-8")
+    for name, comparison in COMPARISONS.items():
+        path: Path | None = getattr(arguments, name)
+        if path is not None:
+            trace = read_trace(path, comparison.requests, comparison.speed)
+            rows, page = table(trace, comparison.slo), PAGE.read_text(encoding="utf-8")
+            before, mark, rest = page.partition(f"<!-- {name} -->\n")
+            _, end, after = rest.partition(f"<!-- /{name} -->")
+            if not (mark and end):
+                raise SystemExit(f"{PAGE}: no place for the table <!-- {name} -->")
+            PAGE.write_text(before + mark + rows + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

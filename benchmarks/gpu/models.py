@@ -20,6 +20,7 @@ from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine import Engine
+from tandem.engine.weights import Part
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -67,7 +68,7 @@ class RandomWeights:
     ) -> None:
         """Nothing to close."""
 
-    def read_into(self, name: str, out: Tensor) -> None:
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
         mean = 1.0 if "norm" in name else 0.0
         out.normal_(mean, 0.02, generator=self._generator)
 

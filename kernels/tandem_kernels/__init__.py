@@ -5,7 +5,7 @@ which sequence); none keeps state. Callers import from this package only: `imple
 the fastest body for each kind of device behind the same name.
 """
 
-from tandem_kernels.choice import REFERENCE_CHOICE, Choice
+from tandem_kernels.choice import Choice
 from tandem_kernels.dispatched import (
     add_rms_norm,
     apply_penalties,
@@ -26,6 +26,7 @@ from tandem_kernels.implementation import REFERENCE, implementation, runs_compil
 from tandem_kernels.logprobs import TopLogprobs, top_logprobs
 from tandem_kernels.ragged_batch import RaggedBatch
 from tandem_kernels.rotary import rotary_tables
+from tandem_kernels.sampling import REFERENCE_CHOICE
 from tandem_kernels.upload import upload
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Choosing one token per row from whole rows of logits: the likeliest, or a draw.
 
-A `Choice` is one implementation of both; this file holds the torch reference.
+A `Choice` is one implementation of both. Here is the torch reference without truncation;
+with it, see `sampling.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from tandem_kernels.gumbel import gumbel_noise
 
 
 class Choice(NamedTuple):
-    """What the sampler calls, with the signatures of the functions below."""
+    """What the sampler calls, with the signatures of `argmax` and `sample_tokens`."""
 
     argmax: Callable[[Tensor], Tensor]
-    draw: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    draw: Callable[..., Tensor]
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -38,6 +39,3 @@ def draw(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor)
     scaled /= temperatures[:, None]
     vocab = torch.arange(logits.shape[1], device=logits.device)
     return scaled.add_(gumbel_noise(seeds, positions, vocab)).argmax(1)
-
-
-REFERENCE_CHOICE = Choice(argmax, draw)

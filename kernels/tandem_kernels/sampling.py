@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tandem_kernels.choice import draw
+from tandem_kernels.choice import Choice, argmax, draw
 from tandem_kernels.gumbel import gumbel_noise
 from tandem_kernels.truncation import truncate_logits
 
@@ -34,3 +34,6 @@ def sample_tokens(
     noise = gumbel_noise(seeds[rows], positions[rows], token_ids[:, None])
     scaled[rows, token_ids] += noise[:, 0]
     return scaled.argmax(1)
+
+
+REFERENCE_CHOICE = Choice(argmax, sample_tokens)

@@ -14,10 +14,13 @@ from tandem import __version__
 from tandem.commands.call import call
 from tandem.commands.chat import chat
 from tandem.commands.cluster import down, gateway, serve, up
+from tandem.commands.plan import plan
+from tandem.commands.profile import profile
 from tandem.commands.show_config import config
 from tandem.commands.simulate import simulate
 from tandem.commands.status import status
 from tandem.commands.terminal import print_error
+from tandem.commands.trace import trace
 from tandem.core.errors import ConfigError, TandemError
 
 app = typer.Typer(
@@ -40,7 +43,21 @@ def version() -> None:
     typer.echo(f"python {platform.python_version()}")
 
 
-for command in (serve, up, down, gateway, status, chat, call, config, simulate, version):
+for command in (
+    serve,
+    up,
+    down,
+    gateway,
+    status,
+    chat,
+    call,
+    config,
+    profile,
+    simulate,
+    plan,
+    trace,
+    version,
+):
     app.command()(command)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from benchmarks.load import LoadJob, read_job, read_result, replay, write_job, write_result
 from benchmarks.workload import PlannedRequest
@@ -83,6 +86,54 @@ async def test_no_server_is_an_error_of_every_request(unused_tcp_port: int) -> N
     records, _ = await replay(job(unused_tcp_port, 2, 2))
 
     assert all("cannot connect" in record.error for record in records)
+
+
+class PrefillServer:
+    """Says where the KV lies, or refuses."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+        self.bodies: list[dict[str, Any]] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        self.bodies.append(orjson.loads(await reader.readexactly(length)))
+        writer.write(self.answer)
+        await writer.drain()
+        writer.close()
+
+
+async def test_a_pair_computes_the_prompt_first_and_hands_its_place_on(serve: Serve) -> None:
+    prefill = PrefillServer(b'HTTP/1.1 200 OK\r\n\r\n{"kv_transfer_params": {"remote_port": 7}}')
+    server = await asyncio.start_server(prefill.serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, serve() as decode:
+        (record,), _ = await replay(replace(job(decode.port, 4), prefill_port=port))
+
+    assert record.ok
+    assert prefill.bodies[0]["max_tokens"] == 1
+    assert prefill.bodies[0]["kv_transfer_params"]["do_remote_decode"] is True
+    assert decode.bodies[0]["kv_transfer_params"] == {"remote_port": 7}
+    assert decode.bodies[0]["prompt"] == prefill.bodies[0]["prompt"]
+
+
+async def test_a_prefill_server_that_refuses_fails_its_request(serve: Serve) -> None:
+    prefill = PrefillServer(b"HTTP/1.1 500 Internal\r\n\r\nno memory")
+    server = await asyncio.start_server(prefill.serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, serve() as decode:
+        (record,), _ = await replay(replace(job(decode.port, 4), prefill_port=port))
+
+    assert "no memory" in record.error
+    assert decode.bodies == []
+
+
+async def test_fields_that_only_one_server_knows_are_sent(serve: Serve) -> None:
+    async with serve() as gateway:
+        await replay(replace(job(gateway.port, 2), extra={"cache_prompt": False}))
+
+    assert gateway.bodies[0]["cache_prompt"] is False
 
 
 async def test_jobs_and_results_survive_their_files(serve: Serve, tmp_path: Path) -> None:

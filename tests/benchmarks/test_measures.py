@@ -67,6 +67,8 @@ def test_a_single_token_has_no_tpot_and_keeps_its_objective() -> None:
         (Objectives(ttft=2.0, tpot=0.5), True),
         (Objectives(ttft=1.9, tpot=0.5), False),
         (Objectives(ttft=2.0, tpot=0.4), False),
+        (Objectives(ttft=2.0, tpot=0.5, gap=9.0), True),
+        (Objectives(ttft=2.0, tpot=0.5, gap=0.1), False),
     ],
 )
 def test_a_request_must_keep_every_objective(objectives: Objectives, kept: bool) -> None:

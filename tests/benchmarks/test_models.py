@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_the_model_has_every_tensor_and_a_text_for_every_id(tmp_path: Path) -> N
     assert tokenizer.get_vocab_size() == 600
     assert tokenizer.decode(tokenizer.encode("any text").ids) == "any text"
     assert all(tokenizer.decode([number]) for number in range(300, 600))
+
+
+def test_the_small_shape_has_15_million_parameters_and_no_biases(tmp_path: Path) -> None:
+    directory = models.llama_shaped_model(tmp_path)
+
+    with safe_open(directory / "model.safetensors", "pt") as weights:
+        sizes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+    assert sum(prod(size) for size in sizes) == pytest.approx(15.2e6, rel=0.01)
+    assert len(sizes) == 2 + 6 * 9
+
+
+def test_made_up_words_are_made_by_merges(tmp_path: Path) -> None:
+    directory = models.qwen_shaped_model(tmp_path, {**SMALL, "vocab_size": 2000})
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+    word = tokenizer.id_to_token(1999)
+    assert tokenizer.encode(word.replace("Ġ", " ")).ids == [1999]
 
 
 def test_it_is_made_once_and_always_alike(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ async def outcome(dispatcher: Dispatcher, request: Request) -> Outcome:
     async for event in dispatcher.generate(request):
         for index, token_id in enumerate(event.token_ids):
             entry = event.logprobs[index] if event.logprobs else None
-            result.append((token_id, entry.chosen.logprob if entry else None, event.finish_reason))
+            ends = index == len(event.token_ids) - 1  # an event may bring several tokens
+            reason = event.finish_reason if ends else None
+            result.append((token_id, entry.chosen.logprob if entry else None, reason))
     return result
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tandem_kernels import RaggedBatch, gumbel_noise
+from tandem_kernels import RaggedBatch, gumbel_noise, truncate_logits
 from tandem_kernels.cpu import Context, pack_gate_up, pack_linear
 from tandem_kernels.cpu import operations as ops
 from tandem_kernels.cpu.decoder import CompiledDecoder, PackedLayer, PackedModel
@@ -170,12 +170,47 @@ def check_choice(context: Context, source: Source) -> None:
     temperatures = torch.rand(rows, generator=source.generator) * 2 + 0.01
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=source.generator)
     positions = torch.randint(0, 10000, (rows,), generator=source.generator)
-    drawn = ops.draw(context, logits, temperatures, seeds, positions)
+    drawn = ops.sample_tokens(context, logits, temperatures, seeds, positions)
     scaled = (logits - logits.amax(1, keepdim=True)) / temperatures[:, None]
     noisy = scaled + gumbel_noise(seeds, positions, torch.arange(vocab))
     # The logarithms may differ in the last place, so a near tie may go either way.
     chosen = noisy.gather(1, drawn[:, None])[:, 0]
     close(chosen, noisy.amax(1), 1e-5 * (1 + noisy.amax(1).abs()))
+
+
+def check_truncated_draw(context: Context, source: Source) -> None:
+    rows, vocab = source.integer(1, 5), source.integer(1, 30000)
+    logits = source.tensor(rows, vocab)
+    logits[torch.rand(rows, vocab, generator=source.generator) < float(source.one_of(0, 0.3))] = (  # type: ignore[arg-type]
+        float("-inf")
+    )
+    logits[:, source.integer(0, vocab - 1)] = 1.0
+
+    def column(dtype: torch.dtype, *choices: float) -> Tensor:
+        return torch.tensor([source.one_of(*choices) for _ in range(rows)], dtype=dtype)
+
+    temperatures = torch.rand(rows, generator=source.generator) * 2 + 0.01
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=source.generator)
+    positions = torch.randint(0, 10000, (rows,), generator=source.generator)
+    top_k = column(torch.int64, 0, 1, 7, 50, 3000, vocab, 10**6)
+    top_p = column(torch.float64, 1.0, 1e-9, 0.3, 0.9, 0.999)
+    min_p = column(torch.float32, 0.0, 1e-4, 0.2, 1.0)
+    given = (temperatures, seeds, positions, top_k, top_p, min_p)
+    drawn = ops.sample_tokens(context, logits, *given)
+    # Sums over a vocabulary and logarithms may differ in their last places: a mass at the very edge
+    # of top_p, or a near tie, may go either way.
+    best = []
+    for slack in (1 - 1e-5, 1, 1 + 1e-5):
+        scaled = (logits - logits.amax(1, keepdim=True)) / temperatures[:, None]
+        truncate_logits(scaled, top_k, torch.where(top_p < 1, top_p * slack, top_p), min_p)
+        noisy = scaled + gumbel_noise(seeds, positions, torch.arange(vocab))
+        chosen, most = noisy.gather(1, drawn[:, None])[:, 0], noisy.amax(1)
+        best.append((chosen - most).abs() <= 1e-5 * (1 + most.abs()))
+    assert torch.stack(best).any(0).all(), f"drew {drawn.tolist()} by {given}"
+    alone = [
+        ops.sample_tokens(context, logits[[i]], *(part[[i]] for part in given)) for i in range(rows)
+    ]
+    assert torch.equal(torch.cat(alone), drawn), "a draw depends on its batch"
 
 
 def check_kv_copy(context: Context, source: Source) -> None:
@@ -272,6 +307,7 @@ CASES: dict[str, Callable[[Context, Source], None]] = {
     "rotary": check_rotary,
     "attention": check_attention,
     "choice": check_choice,
+    "truncated_draw": check_truncated_draw,
     "kv_copy": check_kv_copy,
     "forward": check_forward,
 }

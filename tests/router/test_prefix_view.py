@@ -57,8 +57,8 @@ def test_a_reset_forgets_everything_before() -> None:
 @pytest.mark.parametrize("tail", [16, 200])
 def test_a_shared_system_prompt_does_not_herd_to_the_worker_that_had_it_first(tail: int) -> None:
     """The busiest of eight decode workers gets at most 1.3 times its share of the requests,
-    although at first one alone has the prompt, and says so. On the prefill pool, where only what is not
-    cached counts, no worker ever has more than the bonus and two prompts more to compute than
+    although at first one alone has the prompt, and says so. On the prefill pool, where only what is
+    not cached counts, no worker ever has more than the bonus and two prompts more to compute than
     another: below that, to queue behind the prefix is cheaper than to compute it again."""
     config = RouterConfig()
     router = Router(config, BLOCK, seed=0)

@@ -9,7 +9,7 @@ import pytest
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import ScheduledChunk, Sequence
-from tandem.scheduler.costs import CostEstimator, Work, work_of
+from tandem.scheduler.costs import CostEstimator, IterationCosts, Work, work_of
 
 
 def cost(work: Work, slow: float = 1.0) -> float:
@@ -74,3 +74,30 @@ def test_the_longest_chunk_within_a_time() -> None:
     assert cost(work.plus_prompt(1000, length)) == pytest.approx(0.05, rel=0.02)
     assert estimator.most_prompt_tokens(work, 0, 64, seconds=10.0) == 64
     assert estimator.most_prompt_tokens(work, 0, 64, seconds=0.0) == 0
+
+
+def test_what_a_prompt_costs_is_not_forgotten_while_only_decoding() -> None:
+    rng, estimator = Random(0), CostEstimator()
+    for _ in range(200):
+        work = random_work(rng)
+        estimator.measured(work, cost(work))
+    for _ in range(5000):
+        work = Work(decodes=rng.randrange(1, 40), context=rng.randrange(1, 40_000))
+        estimator.measured(work, cost(work))
+    work = Work(decodes=4, context=1000).plus_prompt(0, 200)
+    assert estimator.seconds(work) == pytest.approx(cost(work), rel=0.05)
+
+
+def test_a_seed_stands_in_for_what_was_never_measured() -> None:
+    told = IterationCosts(5e-3, 2e-4, 0.0, 0.0, 2e-9)
+    rng, estimator = Random(0), CostEstimator()
+    for _ in range(100):
+        work = Work(decodes=rng.randrange(1, 40), context=rng.randrange(1, 40_000))
+        estimator.measured(work, cost(work))
+    assert not estimator.knows_prompts
+    estimator.seed(told)
+    assert estimator.knows_prompts
+    work = Work(decodes=4, context=1000).plus_prompt(0, 200)
+    assert estimator.seconds(work) == pytest.approx(cost(work), rel=0.05)
+    estimator.seed(IterationCosts(9.0, 9.0, 9.0, 9.0, 9.0))  # own knowledge is not overwritten
+    assert estimator.seconds(work) == pytest.approx(cost(work), rel=0.05)

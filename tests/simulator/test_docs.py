@@ -11,6 +11,7 @@ import pytest
 from tandem.core.config import SchedulerConfig
 from tandem.scheduler.policies import POLICIES
 
+TRACES = ("azure", "mooncake")
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -46,11 +47,11 @@ def test_the_plot_of_two_tenants_shows_what_the_page_says(maker: ModuleType) -> 
 
 def test_the_page_shows_every_policy_and_names_only_settings_that_exist() -> None:
     page = (DOCS / "scheduling.md").read_text()
-    rows = page.partition("<!-- table -->")[2]
+    rows = [page.partition(f"<!-- {name} -->")[2].partition("<!-- /")[0] for name in TRACES]
     for name in POLICIES:
         assert f"images/scheduling/{name}.svg" in page
-        assert f"\n| `{name}`" in page.partition("<!-- table -->")[0]
-        assert f"\n| `{name}` | " in rows, f"no row for {name}"
+        assert f"\n| `{name}`" in page.partition("<!-- azure -->")[0]
+        assert all(f"\n| `{name}` | " in table for table in rows), f"no row for {name}"
     for setting in ("decode_streak", "ageing", "waiting_bound", "auto_chunk_seconds"):
         assert setting in SchedulerConfig.model_fields
         assert f"`{setting}`" in page

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from iterations import make_bench
 from tandem.scheduler.policies import POLICIES
 from tandem.simulator import ClusterSpec, TraceRequest, simulate
-from tandem.simulator.timeline import Recorder
+from tandem.timeline.events import Timeline
 
 MakeSpec = Callable[..., ClusterSpec]
 
 
-def lines(recorder: Recorder, worker: str) -> list[str]:
+def lines(recorder: Timeline, worker: str) -> list[str]:
     """The iterations of a worker, as `iterations.describe` writes them."""
     return [
         " ".join(f"{part.request}:{part.length}" for part in box.parts)
@@ -26,7 +26,7 @@ def lines(recorder: Recorder, worker: str) -> list[str]:
 
 
 def test_one_request_on_one_pair_takes_what_the_profile_says(make_spec: MakeSpec) -> None:
-    recorder = Recorder()
+    recorder = Timeline()
     report = simulate([TraceRequest(5.0, 8, 3)], make_spec(1, 1), {}, recorder)
     # To the decode worker, to the prefill worker, the prefill, back, and to the client.
     assert report.ttfts == [pytest.approx(0.001 + 0.001 + (0.010 + 0.008) + 0.001 + 0.001)]
@@ -42,7 +42,7 @@ def test_one_request_on_one_pair_takes_what_the_profile_says(make_spec: MakeSpec
 
 def test_kv_is_sent_while_the_prompt_is_computed(make_spec: MakeSpec) -> None:
     spec = make_spec(1, 1, max_batch_tokens=64, chunk_size=64)
-    recorder = Recorder()
+    recorder = Timeline()
     simulate([TraceRequest(0.0, 40, 2)], spec, {}, recorder)
     (sent,) = recorder.transfers
     (computed,) = (box for box in recorder.iterations if box.worker == "prefill-0")
@@ -62,7 +62,7 @@ def test_a_slow_link_delays_the_second_token_and_not_the_first(make_spec: MakeSp
 
 
 def test_short_prompts_are_prefilled_where_they_decode(make_spec: MakeSpec) -> None:
-    recorder = Recorder()
+    recorder = Timeline()
     simulate([TraceRequest(0.0, 2, 2)], make_spec(1, 1), {}, recorder)
     assert {box.worker for box in recorder.iterations} == {"decode-0"}
 
@@ -71,7 +71,7 @@ def test_short_prompts_are_prefilled_where_they_decode(make_spec: MakeSpec) -> N
 def test_iterations_are_those_of_the_scheduler_itself(policy: str, make_spec: MakeSpec) -> None:
     """Colocated and all at once, the simulator must not add anything of its own."""
     shapes = [(12, 3), (5, 1), (20, 4), (3, 2), (9, 5)]
-    recorder = Recorder()
+    recorder = Timeline()
     spec = make_spec(0, 1, policy=policy, batch_wait=0)
     simulate([TraceRequest(0.0, *shape) for shape in shapes], spec, {}, recorder)
     bench = make_bench(policy, num_blocks=64, batch_wait=0)

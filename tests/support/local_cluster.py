@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import grpc.aio
 import httpx
@@ -26,6 +27,8 @@ from tandem.decode.worker import DecodeWorker
 from tandem.gateway.dispatch import Dispatcher
 from tandem.prefill.worker import PrefillWorker
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tandem.worker.follower import FollowerRank
+from tandem.worker.ranks import RankAddress
 from tandem.worker.runtime import WorkerEndpoint
 
 MakeConfig = Callable[..., TandemConfig]
@@ -34,14 +37,24 @@ Connect = Callable[["LocalCluster"], AbstractAsyncContextManager[Dispatcher]]
 """The `connect` fixture."""
 
 _START_SECONDS = 60.0
-_PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker"]
+_PRELOADED = ["tandem.decode.worker", "tandem.prefill.worker", "tandem.worker.follower"]
 """Imported once, in a clean process from which all workers are forked."""
 _ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
-def _worker_main(role: str, name: str, config: TandemConfig, device: str, pipe: Connection) -> None:
+def _worker_main(
+    role: str,
+    name: str,
+    config: TandemConfig,
+    device: str,
+    pipe: Connection,
+    prepare: Callable[[str], None] | None,
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if prepare is not None:
+        prepare(name)
     worker = _ROLES[role](name, config, device)
+    pipe.send(worker.rank_address)
     pipe.send(worker.start())
     try:
         pipe.recv()
@@ -50,35 +63,45 @@ def _worker_main(role: str, name: str, config: TandemConfig, device: str, pipe: 
     worker.stop()
 
 
+def _rank_main(
+    role: str, name: str, config: TandemConfig, device: str, rank: int, address: RankAddress
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    FollowerRank(name, role, config, device, rank, address).run()
+
+
 @dataclass
 class WorkerProcess:
-    """One worker and the process that it runs in."""
+    """One worker and the processes that it runs in."""
 
     name: str
     role: str
     process: BaseProcess
     pipe: Connection
     endpoint: WorkerEndpoint
+    followers: list[BaseProcess] = field(default_factory=list)
+    """Its ranks from 1 on."""
 
-    def signal(self, number: int) -> None:
-        """Send a signal to the worker's process."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+    def signal(self, number: int, rank: int = 0) -> None:
+        """Send a signal to one of the worker's processes."""
+        process = self.followers[rank - 1] if rank else self.process
+        assert process.pid is not None
+        os.kill(process.pid, number)
 
     def kill(self) -> None:
-        """Kill -9, unless it is gone already, and wait until it is."""
-        with suppress(ProcessLookupError):
-            self.signal(signal.SIGKILL)
-        self.process.join(10)
+        """Kill -9 what is not gone already, and wait until all of it is."""
+        for process in (self.process, *self.followers):
+            process.kill()
+            process.join(10)
 
     def stop(self) -> None:
-        """End the process, politely if it still listens."""
+        """End the processes, politely if they still listen."""
         if self.process.is_alive():
             self.signal(signal.SIGCONT)
             self.pipe.send(None)
-            self.process.join(10)
-            if self.process.is_alive():
-                self.kill()
+        for process in (self.process, *self.followers):
+            process.join(10)
+        self.kill()
         self.pipe.close()
 
 
@@ -108,6 +131,8 @@ class LocalCluster:
 
     config: TandemConfig
     device: str = "cpu"
+    prepare: Callable[[str], None] | None = None
+    """Called in each worker's process with its name before it starts; must be importable there."""
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     controller_address: str = ""
     _membership: _Membership = field(default_factory=_Membership)
@@ -120,19 +145,30 @@ class LocalCluster:
         started = []
         for role, name in workers:
             ours, theirs = context.Pipe()
+            arguments = (role, name, self.config, self.device)
             process = context.Process(
-                target=_worker_main,
-                args=(role, name, self.config, self.device, theirs),
-                daemon=True,
+                target=_worker_main, args=(*arguments, theirs, self.prepare), daemon=True
             )
             process.start()
             theirs.close()
-            started.append((role, name, process, ours))
-        for role, name, process, pipe in started:
-            ready = await asyncio.to_thread(pipe.poll, _START_SECONDS)
-            if not ready:
-                raise TimeoutError(f"{name} did not start")
-            self.workers[name] = WorkerProcess(name, role, process, pipe, pipe.recv())
+            started.append((arguments, process, ours))
+        for arguments, process, pipe in started:
+            role, name, *_ = arguments
+            address = await self._answer(name, pipe)
+            followers: list[BaseProcess] = [
+                context.Process(target=_rank_main, args=(*arguments, rank, address), daemon=True)
+                for rank in range(1, self.config.tensor_parallel(role))
+            ]
+            for follower in followers:
+                follower.start()
+            self.workers[name] = WorkerProcess(name, role, process, pipe, None, followers)
+        for (_, name, *_), _, pipe in started:
+            self.workers[name].endpoint = await self._answer(name, pipe)
+
+    async def _answer(self, name: str, pipe: Connection) -> Any:
+        if not await asyncio.to_thread(pipe.poll, _START_SECONDS):
+            raise TimeoutError(f"{name} did not start")
+        return pipe.recv()
 
     async def publish(self, names: Iterable[str] | None = None) -> None:
         """Publish the named workers (all by default) as the cluster's members."""
@@ -195,10 +231,14 @@ class LocalCluster:
 
 @asynccontextmanager
 async def local_cluster(
-    config: TandemConfig, prefill: int = 1, decode: int = 1, device: str = "cpu"
+    config: TandemConfig,
+    prefill: int = 1,
+    decode: int = 1,
+    device: str = "cpu",
+    prepare: Callable[[str], None] | None = None,
 ) -> AsyncIterator[LocalCluster]:
     """Run a cluster of worker processes for the duration of a test."""
-    cluster = LocalCluster(config, device)
+    cluster = LocalCluster(config, device, prepare)
     server = grpc.aio.server()
     cluster_pb2_grpc.add_ClusterServicer_to_server(cluster._membership, server)
     port = server.add_insecure_port("127.0.0.1:0")

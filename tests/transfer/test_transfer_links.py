@@ -64,7 +64,7 @@ def test_the_check_names_every_field_that_differs_and_both_values() -> None:
     for part in (
         "revision is 'r1' here and 'r2' there",
         "block_size is 4 here and 8 there",
-        "protocol_version is 1 here and 9 there",
+        "protocol_version is 2 here and 9 there",
     ):
         assert part in str(refusal.value)
 

@@ -7,7 +7,13 @@ through ctypes; `native/` holds the source.
 from tandem_kernels.cpu.context import Context, is_supported, prefer_huge_pages
 from tandem_kernels.cpu.decoder import CompiledDecoder, PackedLayer, PackedModel
 from tandem_kernels.cpu.library import MOST_HEAD_DIM
-from tandem_kernels.cpu.packing import PackedLinear, can_pack, pack_gate_up, pack_linear
+from tandem_kernels.cpu.packing import (
+    PackedLinear,
+    can_pack,
+    pack_gate_up,
+    pack_linear,
+    unpack_rows,
+)
 
 __all__ = [
     "MOST_HEAD_DIM",
@@ -21,4 +27,5 @@ __all__ = [
     "pack_gate_up",
     "pack_linear",
     "prefer_huge_pages",
+    "unpack_rows",
 ]

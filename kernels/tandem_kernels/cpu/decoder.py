@@ -15,7 +15,7 @@ from torch import Tensor
 from tandem_kernels.choice import Choice
 from tandem_kernels.cpu.context import Context, address, check, dtype_code
 from tandem_kernels.cpu.library import CacheStruct, LayerStruct, ModelStruct
-from tandem_kernels.cpu.operations import BatchView, argmax, draw, linear
+from tandem_kernels.cpu.operations import BatchView, argmax, linear, sample_tokens
 from tandem_kernels.cpu.packing import PackedLinear
 from tandem_kernels.ragged_batch import RaggedBatch
 
@@ -115,7 +115,7 @@ class CompiledDecoder:
     @property
     def choice(self) -> Choice:
         """The choice of tokens on this decoder's threads."""
-        return Choice(partial(argmax, self.context), partial(draw, self.context))
+        return Choice(partial(argmax, self.context), partial(sample_tokens, self.context))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [rows, vocab_size] for final hidden states."""

@@ -98,7 +98,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
             *(_P, _N, _P),
         ),
     ),
-    "tandem_choose": (c_int, (_P, _P, _N, _N, _P, _P, _P, _P)),
+    "tandem_choose": (c_int, (_P, _P, _N, _N, _P, _P, _P, _P, _P, _P, _P)),
     "tandem_kv_copy": (None, (_P, _N, _N, _N, _N, _P, _N, _P, _N)),
 }
 

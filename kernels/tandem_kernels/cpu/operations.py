@@ -7,6 +7,7 @@ Within a forward pass the same code runs over all layers in one call (`decoder.p
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -141,18 +142,22 @@ def paged_attention(
 def argmax(context: Context, logits: Tensor) -> Tensor:
     """Return the likeliest token of each row, the lowest id among equals. logits: float32 [rows,
     vocab]."""
-    return _choose(context, logits, None, None, None)
+    return _choose(context, logits, (None,) * 6)
 
 
-def draw(
-    context: Context, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor
+def sample_tokens(
+    context: Context,
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
 ) -> Tensor:
-    """Return int64 [rows]: the argmax of (logits - their maximum) / temperature + Gumbel noise.
-
-    logits: float32 [rows, vocab]; temperatures: float32 [rows], above 0; seeds, positions: int64
-    [rows], as in `gumbel_noise`.
-    """
-    return _choose(context, logits, temperatures, seeds, positions)
+    """As the reference of the same name."""
+    truncation = (top_k, top_p, min_p) if None not in (top_k, top_p, min_p) else (None,) * 3
+    return _choose(context, logits, (temperatures, seeds, positions, *truncation))
 
 
 def kv_pack(
@@ -193,19 +198,22 @@ def _kv_copy(
     )
 
 
-def _choose(
-    context: Context,
-    logits: Tensor,
-    temperatures: Tensor | None,
-    seeds: Tensor | None,
-    positions: Tensor | None,
-) -> Tensor:
+_CHOICE_DTYPES = (
+    *(torch.float32, torch.int64, torch.int64),
+    *(torch.int64, torch.float64, torch.float32),
+)
+"""Of temperatures, seeds, positions, top_k, top_p, min_p."""
+
+
+def _choose(context: Context, logits: Tensor, columns: Sequence[Tensor | None]) -> Tensor:
     rows, vocab = logits.shape
     out = torch.empty(rows, dtype=torch.int64)
+    addresses = [address(*column) for column in zip(columns, _CHOICE_DTYPES, strict=True)]
+    if any(column is not None and column.shape != (rows,) for column in columns):
+        raise ValueError(f"the logits have {rows} rows; so must all that is said of them")
     status = context.library.tandem_choose(
         *(context.handle, address(logits, torch.float32), rows, vocab),
-        *(address(temperatures, torch.float32), address(seeds, torch.int64)),
-        *(address(positions, torch.int64), address(out)),
+        *(*addresses, address(out)),
     )
     check(status)
     return out

@@ -50,6 +50,13 @@ def pack_gate_up(context: Context, weight: Tensor, bias: Tensor | None) -> Packe
     return _pack(context, [gate, up], bias)
 
 
+def unpack_rows(packed: PackedLinear, rows: Tensor) -> Tensor:
+    """Return rows of the weight that was packed, [len(rows), inputs]. rows: int64."""
+    per_unit = 4 // packed.panels.dtype.itemsize
+    units = packed.panels.view(-1, packed.inputs // per_unit, PANEL, per_unit)
+    return units[rows // PANEL, :, rows % PANEL].reshape(len(rows), packed.inputs)
+
+
 def _pack(context: Context, parts: list[Tensor], bias: Tensor | None) -> PackedLinear:
     rows, inputs = parts[0].shape
     dtype = parts[0].dtype

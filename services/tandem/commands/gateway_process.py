@@ -123,10 +123,12 @@ def run_gateway(config: TandemConfig, controller: str, index: int = 0) -> None:
     from tandem.gateway.metrics import GatewayMetrics
     from tandem.gateway.server import GatewayServer
     from tandem.gateway.targets import ClusterMetricsTargets
+    from tandem.tracing.buffer import TraceBuffer
 
     configure_logging(config.log_level)
     metrics = GatewayMetrics()
-    dispatcher = Dispatcher(config.gateway, controller, metrics)
+    trace = TraceBuffer(f"gateway-{index}", config.tracing.max_events, always=config.tracing.always)
+    dispatcher = Dispatcher(config.gateway, controller, metrics, trace=trace)
     targets = ClusterMetricsTargets(controller, _gateway_targets(config.gateway))
     port = own_port(config.gateway, index)
     GatewayServer(
@@ -136,6 +138,7 @@ def run_gateway(config: TandemConfig, controller: str, index: int = 0) -> None:
         targets=targets,
         own_port=port,
         scheduler=config.scheduler,
+        trace=trace,
     ).run()
 
 

@@ -24,6 +24,9 @@ PANELS = {
     "scheduler": "Scheduling",
     "transfer": "Scheduling",
     "worker": "Scheduling",
+    "prefill": "Cluster",
+    "decode": "Cluster",
+    "lending": "Scheduling",
     "gateway": "Gateway",
     "controller": "Cluster",
 }

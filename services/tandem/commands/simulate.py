@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,17 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from tandem.commands.options import takes_config
+from tandem.commands.sweep import finite, parse_slo, run_sweep
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError
-from tandem.core.pairs import parse_pairs
 from tandem.scheduler import policy_name
 from tandem.simulator import ClusterSpec, Report, load_profile, read_trace
 from tandem.simulator import simulate as run_simulation
-from tandem.simulator.page import render_page
-from tandem.simulator.report import SLO_NAMES
-from tandem.simulator.timeline import Recorder, render_svg
-
-_PIXELS_PER_SECOND = 400
+from tandem.simulator.sweep import parse_axis
+from tandem.timeline.events import Timeline
+from tandem.timeline.page import render_page
 
 
 @takes_config
@@ -37,6 +34,18 @@ def simulate(
         str, typer.Option(help="objectives in seconds: ttft, tpot, itl (the longest gap)")
     ] = "ttft=2,tpot=0.1",
     seed: Annotated[int, typer.Option(help="of the router's tie-breaks")] = 0,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUES",
+            help="simulate every value: rate=1,2 split=1:3,2:2 chunk=256,512 policy=a,b/c, or any "
+            "setting by its full name; several --sweep: every combination",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the sweep into this file's .png and .html")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="processes for a sweep; 0: one per core")] = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="draw what ran where into this HTML file")
     ] = None,
@@ -47,45 +56,32 @@ def simulate(
     objectives = parse_slo(slo)
     spec = ClusterSpec(load_profile(profile), config, prefill, decode, seed)
     requests = read_trace(trace, limit, speed)
-    recorder = Recorder(timeline_seconds) if timeline is not None else None
+    if sweep or plot is not None:
+        if timeline is not None:
+            raise ConfigError("--timeline shows one run: it does not go with --sweep")
+        axes = [parse_axis(text) for text in sweep or ()]
+        run_sweep(requests, spec, objectives, axes, jobs, plot, as_json, str(trace.name))
+        return
+    recorder = Timeline(timeline_seconds) if timeline is not None else None
     began = time.perf_counter()
     report = run_simulation(requests, spec, objectives, recorder)
     took = time.perf_counter() - began
     if timeline is not None and recorder is not None:
         names = [f"prefill-{i}" for i in range(prefill)] + [f"decode-{i}" for i in range(decode)]
-        width = 120 + int(timeline_seconds * _PIXELS_PER_SECOND)
-        page = render_page(render_svg(recorder, names, width, timeline_seconds), str(trace.name))
+        page = render_page(recorder, names, f"simulated: {trace.name}", describe_pools(spec))
         timeline.write_text(page, encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(_finite(report.summary())))
+        typer.echo(json.dumps(finite(report.summary())))
     else:
         typer.echo(describe(report, spec))
         typer.echo(f"simulated {report.seconds:.0f} s in {took:.1f} s")
 
 
-def parse_slo(text: str) -> dict[str, float]:
-    """Return objectives by name. Raises `ConfigError`."""
-    try:
-        objectives = parse_pairs(text)
-    except ValueError as error:
-        raise ConfigError(f"--slo {text}: {error}") from error
-    unknown = [name for name in objectives if name not in SLO_NAMES]
-    if unknown:
-        raise ConfigError(f"--slo: {unknown[0]!r} is unknown; there are {', '.join(SLO_NAMES)}")
-    return objectives
-
-
 def describe(report: Report, spec: ClusterSpec) -> str:
     """What people see."""
     summary: dict[str, Any] = report.summary()
-    scheduler = spec.config.scheduler
-    pools = f"{spec.num_prefill} prefill + {spec.num_decode} decode"
-    if spec.num_prefill == 0:
-        policies = f"colocated, {policy_name(scheduler, 'decode')}"
-    else:
-        policies = f"{policy_name(scheduler, 'prefill')} / {policy_name(scheduler, 'decode')}"
     lines = [
-        f"{pools} ({policies}), profile {spec.profile.name}",
+        describe_pools(spec),
         f"requests   {summary['requests']} finished, {summary['refused']} refused",
         *(
             f"{name.upper():10} p50 {v['p50']:.4g} s   p90 {v['p90']:.4g} s   p99 {v['p99']:.4g} s"
@@ -103,6 +99,10 @@ def describe(report: Report, spec: ClusterSpec) -> str:
         f"preempted  {summary['preemptions']}",
     ]
     if spec.num_prefill:
+        lines.append(
+            f"lent       {summary['lent_tokens']} prompt tokens to prefill, "
+            f"{summary['kept_tokens']} output tokens to decode"
+        )
         exposed = summary["exposed_transfer"]
         lines.append(
             f"links      busy {summary['link_busy']:.1%}, {summary['kv_bytes'] / 1e9:.1f} GB; "
@@ -111,12 +111,16 @@ def describe(report: Report, spec: ClusterSpec) -> str:
     return "\n".join(lines)
 
 
+def describe_pools(spec: ClusterSpec) -> str:
+    """What was simulated, in a line."""
+    scheduler = spec.config.scheduler
+    pools = f"{spec.num_prefill} prefill + {spec.num_decode} decode"
+    if spec.num_prefill == 0:
+        policies = f"colocated, {policy_name(scheduler, 'decode')}"
+    else:
+        policies = f"{policy_name(scheduler, 'prefill')} / {policy_name(scheduler, 'decode')}"
+    return f"{pools} ({policies}), profile {spec.profile.name}"
+
+
 def _slo(report: Report) -> str:
     return ", ".join(f"{name} <= {bound:g} s" for name, bound in report.slo.items()) or "nothing"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: None says that there was nothing to measure."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

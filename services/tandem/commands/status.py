@@ -88,6 +88,8 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "links": worker.links,
         "tokens_per_second": worker.tokens_per_second,
         "iterations": worker.iterations,
+        "lent_requests": worker.lent_requests,
+        "lent_tokens": worker.lent_tokens,
         "policy": worker.policy,
         "kernels": worker.kernels,
         "preemptions": dict(worker.preemptions),
@@ -95,6 +97,7 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "host_blocks_cached": worker.host_blocks_cached,
         "host_blocks_total": worker.host_blocks_total,
         "host_blocks_copied": dict(worker.host_blocks_copied),
+        "tensor_parallel": worker.tensor_parallel,
         "kv_capacity": worker.kv_capacity,
         "restarts": worker.restarts,
         "detail": worker.detail,
@@ -134,13 +137,19 @@ def _row(worker: cluster_pb2.WorkerStatus) -> list[str | Text]:
         role_name(worker),
         Text(state, style=STATE_STYLES.get(state, "")),
         str(worker.pid or "-"),
-        worker.device or "-",
+        _device(worker),
         str(worker.running),
         str(worker.waiting),
         f"{worker.blocks_used}/{worker.blocks_cached}/{worker.blocks_total}",
         str(worker.links),
         f"{worker.tokens_per_second:.1f}",
     ]
+
+
+def _device(worker: cluster_pb2.WorkerStatus) -> str:
+    """Where it runs, and over how many ranks if there are several."""
+    several = worker.tensor_parallel > 1
+    return f"{worker.device} tp {worker.tensor_parallel}" if several else worker.device or "-"
 
 
 def _capacities(cluster: cluster_pb2.ClusterStatus) -> list[str]:
@@ -157,6 +166,10 @@ def _note(worker: cluster_pb2.WorkerStatus, *, many_nodes: bool) -> Text:
     """What does not fit into the table, where there is something to say."""
     notes = [f"node {worker.node}"] if many_nodes and worker.node else []
     notes += [f"restarts: {worker.restarts}"] if worker.restarts else []
+    if worker.lent_requests:
+        kind = "prompt" if worker.role == cluster_pb2.ROLE_DECODE else "output"
+        lent = f"{worker.lent_requests} requests, {worker.lent_tokens} {kind} tokens"
+        notes.append(f"lent to the other pool: {lent}")
     notes += [worker.detail] if worker.detail else []
     if sum(worker.host_blocks_copied.values()):
         used, cached = worker.host_blocks_used, worker.host_blocks_cached

@@ -1,6 +1,6 @@
-"""The two kinds of Ray actor: one around each worker program, one around the manager.
+"""The kinds of Ray actor: around each worker program, its further ranks, and the manager.
 
-Both are async actors: their event loop answers while the work goes on in threads. Ray is handed
+All are async actors: their event loop answers while the work goes on in threads. Ray is handed
 these classes by `launcher` and `session`; nothing here calls Ray except to learn where it runs.
 """
 
@@ -10,8 +10,9 @@ import asyncio
 import importlib
 import ipaddress
 import os
+import threading
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import structlog
 
@@ -20,6 +21,9 @@ from tandem.controller.platform import StartFailure
 from tandem.controller.roster import Endpoint, Role
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError, ModelLoadError, TandemError
+
+if TYPE_CHECKING:
+    from tandem.worker.ranks import RankAddress
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +35,10 @@ WORKER_CLASSES: Mapping[Role, str] = {
 
 class Worker(Protocol):
     """What a worker program offers to its actor."""
+
+    @property
+    def rank_address(self) -> RankAddress | None:
+        """Where its other ranks join, from the start on; None if it has only one."""
 
     def start(self) -> Any:
         """Load, warm up and serve; returns address, metrics_address, incarnation and pid."""
@@ -53,6 +61,7 @@ class WorkerActor:
         self._worker: Worker | None = None
         self._progress = "process up"
         self._started: asyncio.Task[Endpoint | StartFailure] | None = None
+        self._made: asyncio.Task[Worker] | None = None
 
     def __repr__(self) -> str:
         return self._name
@@ -60,8 +69,12 @@ class WorkerActor:
     async def start(self) -> Endpoint | StartFailure:
         """Start the worker program once; a later call reports the same outcome."""
         if self._started is None:
-            self._started = asyncio.create_task(asyncio.to_thread(self._start))
+            self._started = asyncio.create_task(self._start())
         return await asyncio.shield(self._started)
+
+    async def rank_address(self) -> RankAddress | None:
+        """Where the worker's other ranks join; None if it has only one."""
+        return (await self._make()).rank_address
 
     async def progress(self) -> str:
         """How far it is in starting, for people."""
@@ -76,15 +89,28 @@ class WorkerActor:
         if self._worker is not None:
             await asyncio.to_thread(self._worker.stop)
 
-    def _start(self) -> Endpoint | StartFailure:
+    async def _make(self) -> Worker:
+        """The worker program, which is made once and does nothing before it is started."""
+        if self._made is None:
+
+            def make() -> Worker:
+                return cast(
+                    "Worker",
+                    _load_class(self._class_path)(
+                        name=self._name,
+                        config=self._config,
+                        device=self._device,
+                        progress=self._note_progress,
+                    ),
+                )
+
+            self._made = asyncio.create_task(asyncio.to_thread(make))
+        return await asyncio.shield(self._made)
+
+    async def _start(self) -> Endpoint | StartFailure:
         try:
-            worker = _load_class(self._class_path)(
-                name=self._name,
-                config=self._config,
-                device=self._device,
-                progress=self._note_progress,
-            )
-            endpoint = worker.start()
+            worker = await self._make()
+            endpoint = await asyncio.to_thread(worker.start)
         except (ModelLoadError, ConfigError) as error:
             return StartFailure(error.message, fatal=True)
         except Exception as error:  # the cause travels to `tandem status`; the trace stays here
@@ -102,6 +128,47 @@ class WorkerActor:
 
     def _note_progress(self, stage: str, fraction: float) -> None:
         self._progress = f"{stage} {fraction:.0%}" if 0 < fraction < 1 else stage
+
+
+class RankActor:
+    """Holds one rank, from 1 on, of a worker of several. It ends with the worker's rank 0."""
+
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        config: TandemConfig,
+        device: str,
+        rank: int,
+        *,
+        several_nodes: bool,
+    ) -> None:
+        configure_logging(config.log_level)
+        self._name = f"{name}/{rank}"
+        self._arguments = (name, role, on_this_node(config, several_nodes=several_nodes), device)
+        self._rank = rank
+        self._thread: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        return self._name
+
+    async def start(self, address: RankAddress) -> None:
+        """Join rank 0 and follow it, once. Returns at once: rank 0 knows how it goes."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._follow, args=(address,), daemon=True)
+            self._thread.start()
+
+    async def wait(self) -> None:
+        """Never returns, as that of `WorkerActor`."""
+        await asyncio.Event().wait()
+
+    def _follow(self, address: RankAddress) -> None:
+        from tandem.worker.follower import FollowerRank
+
+        try:
+            FollowerRank(*self._arguments, self._rank, address).run()
+        except Exception:  # rank 0 was told the cause, and its actor reports it
+            log.exception("rank failed", rank=self._name)
 
 
 class ControllerActor:

@@ -7,6 +7,7 @@ after each change; versions that follow each other quickly may be merged into th
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from urllib.parse import unquote
 
 import grpc.aio
 
@@ -36,14 +37,24 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self._model = served_name(config.model.path, config.model.served_name)
         self._disaggregated = config.worker.disaggregated
         self._dashboard = dashboard
+        self._watchers: dict[object, cluster_pb2.GatewayStatus] = {}
 
     async def Watch(  # noqa: N802 - named by the proto
-        self, request: cluster_pb2.WatchRequest, context: object
+        self,
+        request: cluster_pb2.WatchRequest,
+        context: grpc.aio.ServicerContext[cluster_pb2.WatchRequest, cluster_pb2.Membership],
     ) -> AsyncIterator[cluster_pb2.Membership]:
-        while True:
-            membership = self._membership()
-            yield membership
-            await self._manager.wait_for_change(membership.version)
+        self._watchers[context] = cluster_pb2.GatewayStatus(
+            gateway_id=request.gateway_id,
+            tracing_address=_at_peer(context.peer(), request.tracing_port),
+        )
+        try:
+            while True:
+                membership = self._membership()
+                yield membership
+                await self._manager.wait_for_change(membership.version)
+        finally:
+            del self._watchers[context]
 
     async def Status(  # noqa: N802
         self, request: cluster_pb2.StatusRequest, context: object
@@ -53,7 +64,13 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             model=self._model,
             workers=[self._worker_status(slot) for slot in self._manager.roster.slots],
             dashboard=self._dashboard,
+            gateways=self._gateways(),
         )
+
+    def _gateways(self) -> list[cluster_pb2.GatewayStatus]:
+        """One entry per gateway, whose watches may overlap while it opens a new one."""
+        known = {status.gateway_id: status for status in self._watchers.values()}
+        return [known[name] for name in sorted(known)]
 
     def _membership(self) -> cluster_pb2.Membership:
         return cluster_pb2.Membership(
@@ -91,6 +108,16 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             status.node = slot.endpoint.node
             status.device = slot.endpoint.device
         return status
+
+
+def _at_peer(peer: str, port: int) -> str:
+    """The address of a port where a call came from; empty if there is none.
+
+    gRPC writes `ipv4:10.0.0.7:41234` and `ipv6:%5B::1%5D:41234`.
+    """
+    family, _, rest = unquote(peer).partition(":")
+    host = rest.rpartition(":")[0]
+    return f"{host}:{port}" if port and family in ("ipv4", "ipv6") else ""
 
 
 async def serve_cluster(

@@ -118,7 +118,8 @@ class SchedulerConfig(_Frozen):
         2.0, description="deadline: seconds to the first token, of requests that say nothing"
     )
     itl_objective: Seconds = Field(
-        0.2, description="deadline: seconds between tokens, of requests that say nothing"
+        0.2,
+        description="deadline, lending: seconds between tokens, of requests that say nothing",
     )
     tenant_weights: str = Field(
         "", description="fair_share: tenant=weight, ...; tenants that are not named weigh 1"
@@ -180,7 +181,18 @@ class WorkerConfig(_Frozen):
     )
     disaggregated: bool = Field(True, description="false: decode workers prefill everything")
     local_prefill_max_tokens: int = Field(
-        32, ge=0, description="uncached prompt tokens up to which the decode worker prefills itself"
+        32,
+        ge=0,
+        description="uncached prompt tokens up to which the decode worker prefills itself, "
+        "unless lending.mode is off or what is measured says otherwise",
+    )
+
+
+class PoolConfig(_Frozen):
+    """What the workers of one role have for themselves."""
+
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="ranks of one worker, each with its share of heads and weights"
     )
 
 
@@ -196,6 +208,26 @@ class RouterConfig(_Frozen):
     )
     max_in_flight: int = Field(1024, ge=1, description="requests per decode worker before 429")
     max_tracked_blocks: int = Field(65536, ge=1, description="prefix blocks remembered per worker")
+
+
+class LendingConfig(_Frozen):
+    """How one pool's slack serves the other."""
+
+    mode: Literal["measured", "threshold", "off"] = Field(
+        "measured",
+        description="where prompts are computed: measured: where the first token is predicted "
+        "sooner; threshold: by worker.local_prefill_max_tokens; off: by prefill workers only",
+    )
+    margin: float = Field(
+        0.15, ge=0, lt=1, description="measured: share of its time that a move must save"
+    )
+    max_moves: int = Field(3, ge=0, description="measured: times that one prompt may move")
+    max_kept: int = Field(
+        8,
+        ge=0,
+        description="measured: requests that an idle prefill worker decodes itself while decode "
+        "workers are out of blocks",
+    )
 
 
 class GatewayConfig(_Frozen):
@@ -256,6 +288,17 @@ class ControllerConfig(_Frozen):
     dashboard_port: Port = Field(8265, description="port of the Ray dashboard")
 
 
+class TracingConfig(_Frozen):
+    """What workers and gateways record of their iterations, KV transfers and requests."""
+
+    always: bool = Field(
+        False, description="record from the start; else only while `tandem trace` asks for it"
+    )
+    max_events: int = Field(
+        65536, ge=1, description="events kept per process; the oldest give way to new ones"
+    )
+
+
 class TandemConfig(_Frozen):
     """The whole configuration."""
 
@@ -264,8 +307,16 @@ class TandemConfig(_Frozen):
     scheduler: SchedulerConfig = SchedulerConfig()
     transfer: TransferConfig = TransferConfig()
     worker: WorkerConfig = WorkerConfig()
+    prefill: PoolConfig = PoolConfig()
+    decode: PoolConfig = PoolConfig()
+    lending: LendingConfig = LendingConfig()
     gateway: GatewayConfig = GatewayConfig()
     controller: ControllerConfig = ControllerConfig()
+    tracing: TracingConfig = TracingConfig()
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log lines that are written"
     )
+
+    def tensor_parallel(self, role: Literal["prefill", "decode"]) -> int:
+        """Ranks of one worker of a role."""
+        return (self.prefill if role == "prefill" else self.decode).tensor_parallel

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tandem.decode.peers import PrefillPeer
     from tandem.decode.sessions import GatewaySession
 
-LegPhase = Literal["asked", "offered", "granted", "over"]
+LegPhase = Literal["asked", "offered", "kept", "granted", "cutting", "over"]
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +28,11 @@ class Leg:
         asked --Offer--> offered --blocks reserved--> granted --all KV landed + first token--> over
           |                 |                            |
           +---- peer lost, failed, or cancelled: over; what has landed stays with the sequence
+
+    An offered leg for which there are no blocks may be *kept*: the prefill worker computes it and
+    goes on decoding, until blocks are reserved and it is granted; then KV and request come here.
+    A granted leg may be *cut*: the prefill worker stops at the end of the chunk under way, and once
+    what it computed has landed this worker goes on from there.
     """
 
     leg_id: int
@@ -38,6 +43,14 @@ class Leg:
     was_asked: bool = False
     """Whether the prefill worker knows of it already, so that a grant is a message of its own."""
     landing: LandingProgress | None = None
+    held: int = 0
+    """Tokens that needed no KV from the peer."""
+    was_kept: bool = False
+    """Whether the prefill worker has been told to decode it: tokens may come before any KV."""
+    computed: int = 0
+    """Tokens from the start that the peer has said to have computed."""
+    cut_at: int | None = None
+    """Where the peer stopped, once it has said so."""
     first_token_at: float | None = None
     last_piece_at: float = 0.0
     granted_at: float = 0.0
@@ -47,6 +60,11 @@ class Leg:
     """When anything was last heard of it, once it is granted."""
     transfer_seconds: float = 0.0
     kv_bytes: int = 0
+
+    @property
+    def num_ready(self) -> int:
+        """Tokens that nobody need compute any more."""
+        return max(self.held, self.computed)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +82,10 @@ class ActiveRequest:
     first_token_at: float | None = None
     cached_tokens: int | None = None
     prefill_worker: str = ""
+    moves: int = 0
+    """Times that its prompt went from one pool to the other."""
+    is_lent: bool = False
+    """Whether its prompt is computed here although the router named a prefill worker."""
     handover: worker_pb2.HandoverInfo | None = None
     """How its KV came; goes out with the next token."""
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)

@@ -9,6 +9,7 @@ elsewhere.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import structlog
@@ -16,6 +17,7 @@ import structlog
 from tandem.core.request import SampledToken
 from tandem.decode.active import ActiveRequest, Leg
 from tandem.decode.peers import PrefillPeer
+from tandem.router.lending import local_prefill_limit
 from tandem.transfer import Piece
 from tandem.v1 import worker_pb2
 from tandem.wire import position_logprobs_from_proto, request_to_prefill
@@ -28,6 +30,9 @@ log = structlog.get_logger(__name__)
 
 class HandoffOwner(Protocol):
     """What the hand-over tells the worker about a request. Engine thread."""
+
+    def news(self) -> None:
+        """A prefill worker has said something: prompts may be better off elsewhere."""
 
     def enqueue(self, active: ActiveRequest) -> None:
         """Put its sequence into the scheduler's queue, where it waits for blocks."""
@@ -50,6 +55,24 @@ class Handoff:
         self._holds = TransferHolds(runtime.pool)
         self._next_leg_id = 1
 
+    @property
+    def peers(self) -> Collection[PrefillPeer]:
+        """The prefill workers in use."""
+        return self._peers.values()
+
+    @property
+    def has_legs(self) -> bool:
+        return bool(self._legs)
+
+    def movable_legs(self) -> Iterator[tuple[ActiveRequest, Leg]]:
+        """Legs whose prompt is not done, in the order in which they were begun."""
+        for active in self._legs.values():
+            leg = active.leg
+            if leg is None or leg.phase == "cutting" or leg.was_kept:
+                continue
+            if leg.first_token_at is None:
+                yield active, leg
+
     # -- what the worker asks for
 
     def begin(self, active: ActiveRequest, target: worker_pb2.PrefillTarget) -> None:
@@ -60,6 +83,7 @@ class Handoff:
         leg = Leg(self._next_leg_id, peer, sequence.num_tokens)
         self._next_leg_id += 1
         self._legs[leg.leg_id] = active
+        self._runtime.trace.leg(active.request.request_id, leg.leg_id)
         active.leg, active.prefill_worker = leg, peer.name
         sequence.remote = True
         if sequence.phase == "receiving":
@@ -77,7 +101,8 @@ class Handoff:
         leg, sequence = active.leg, active.sequence
         if leg is None:
             raise ValueError(f"{active.key}: admitted as remote without a leg")
-        if sequence.num_uncomputed <= self._runtime.config.worker.local_prefill_max_tokens:
+        short = local_prefill_limit(self._runtime.config)
+        if sequence.num_uncomputed <= short and not leg.was_kept:
             self.abandon(active)
             active.prefill_worker = ""
             self._runtime.scheduler.fall_back(sequence)
@@ -96,12 +121,42 @@ class Handoff:
             cancel = worker_pb2.CancelPrefill(leg_id=leg.leg_id)
             leg.peer.send(worker_pb2.DecodeToPrefill(cancel=cancel))
 
+    def legs_on(self, peer: PrefillPeer) -> list[Leg]:
+        """The legs that run on a peer, or wait for it."""
+        legs = (active.leg for active in self._legs.values())
+        return [leg for leg in legs if leg is not None and leg.peer is peer]
+
+    def keep(self, active: ActiveRequest, leg: Leg) -> None:
+        """Let the prefill worker decode an offered leg itself until blocks are reserved here."""
+        leg.phase, leg.was_kept = "kept", True
+        if leg.was_asked:
+            keep = worker_pb2.KeepPrefill(leg_id=leg.leg_id)
+            leg.peer.send(worker_pb2.DecodeToPrefill(keep=keep))
+        else:
+            self._ask(active, leg, held_tokens=None, keep=True)
+
+    def cut(self, active: ActiveRequest) -> bool:
+        """End a leg early so that this worker computes the rest; what is computed is kept.
+
+        True: it is granted, and goes on here once what the peer has computed is in its blocks.
+        False: nothing was computed, the leg is over, and the sequence may be queued anew.
+        """
+        leg = active.leg
+        if leg is None or leg.phase != "granted":
+            self.abandon(active)
+            self._runtime.scheduler.withdraw(active.sequence)
+            return False
+        leg.phase = "cutting"
+        cut = worker_pb2.CutPrefill(leg_id=leg.leg_id)
+        leg.peer.send(worker_pb2.DecodeToPrefill(cut=cut))
+        return True
+
     def tick(self, now: float) -> None:
         """Fail legs that were granted and of which nothing has been heard for too long."""
         timeout = self._runtime.config.worker.progress_timeout
         for active in list(self._legs.values()):
             leg = active.leg
-            if leg and leg.phase == "granted" and now - leg.last_event_at > timeout:
+            if leg and leg.phase in ("granted", "cutting") and now - leg.last_event_at > timeout:
                 self._fail(active, leg, f"no chunk and no KV for {timeout:g} s")
 
     def close(self) -> None:
@@ -115,6 +170,11 @@ class Handoff:
     def peer_message(self, peer: PrefillPeer, message: worker_pb2.PrefillToDecode) -> None:
         """Apply a message of a prefill worker; one about a leg that is over is stale."""
         kind = message.WhichOneof("kind")
+        peer.progress_at = time.monotonic()
+        self._owner.news()
+        if kind == "load":
+            peer.load = message.load
+            return
         body = getattr(message, kind) if kind else None
         active = self._legs.get(body.leg_id) if body is not None else None
         if active is None or active.leg is None or active.leg.peer is not peer:
@@ -131,6 +191,11 @@ class Handoff:
                 self._chunk(active, leg, message.chunk)
             case "done":
                 self._done(active, leg, message.done)
+            case "kept":
+                self._kept_token(active, leg, message.kept)
+            case "cut":
+                leg.cut_at = message.cut.num_tokens
+                self._finish_cut(active, leg)
             case "failed":
                 self._fail(active, leg, message.failed.reason)
 
@@ -160,7 +225,10 @@ class Handoff:
         self._runtime.metrics.kv_bytes.inc(piece.num_bytes)
         leg.last_piece_at = leg.last_event_at = time.monotonic()
         self._note_landed(active, leg)
-        self._complete(active, leg)
+        if leg.cut_at is not None:
+            self._finish_cut(active, leg)
+        else:
+            self._complete(active, leg)
 
     def receives_closed(self, peer: PrefillPeer, leg_id: int) -> None:
         """No scatter touches the leg's blocks any more."""
@@ -182,14 +250,18 @@ class Handoff:
 
     # -- steps of a leg
 
-    def _ask(self, active: ActiveRequest, leg: Leg, held_tokens: int | None) -> None:
+    def _ask(
+        self, active: ActiveRequest, leg: Leg, held_tokens: int | None, *, keep: bool = False
+    ) -> None:
         request = request_to_prefill(
             active.request,
             leg_id=leg.leg_id,
             token_ids=active.sequence.token_ids,
             held_tokens=held_tokens,
+            keep=keep,
         )
         leg.was_asked = True
+        self._runtime.trace.stage(active.request.request_id, "asked")
         leg.peer.send(worker_pb2.DecodeToPrefill(prefill=request))
 
     def _offered(self, active: ActiveRequest, leg: Leg) -> None:
@@ -202,14 +274,19 @@ class Handoff:
         runtime, sequence = self._runtime, active.sequence
         held = min(sequence.num_computed, leg.num_tokens - 1)
         leg.phase = "granted"
+        runtime.trace.stage(active.request.request_id, "granted")
         leg.granted_at = leg.last_event_at = time.monotonic()
+        leg.held = held
         leg.num_granted = leg.num_tokens - held
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
         self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
-        slots = runtime.engine.storage.slots(sequence.block_table, held, leg.num_tokens)
+        # A kept leg may have grown: whatever of it has room is welcome.
+        reserved = len(sequence.block_table) * runtime.pool.block_size
+        end = reserved if leg.was_kept else leg.num_tokens
+        slots = runtime.engine.storage.slots(sequence.block_table, held, end)
         leg.peer.transfer.expect(leg.leg_id, held, slots)
         if leg.was_asked:
-            grant = worker_pb2.Grant(leg_id=leg.leg_id, held_tokens=held)
+            grant = worker_pb2.Grant(leg_id=leg.leg_id, held_tokens=held, reserved_tokens=reserved)
             leg.peer.send(worker_pb2.DecodeToPrefill(grant=grant))
         else:
             self._ask(active, leg, held_tokens=held)
@@ -220,6 +297,7 @@ class Handoff:
         if active.cached_tokens is None:
             cached = max(active.sequence.num_cached, started.cached_tokens)
             active.cached_tokens = min(cached, active.request.prompt_len)
+        leg.computed = started.cached_tokens
         if started.fetch_end > started.fetch_start:
             self._send_held(active, leg, started.fetch_start, started.fetch_end)
 
@@ -235,6 +313,7 @@ class Handoff:
         transfer.finish_sends(leg.leg_id)
 
     def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
+        leg.computed = chunk.start + chunk.num_tokens
         if not active.wants_prompt_logprobs:
             return
         active.add_prompt_logprobs(
@@ -252,6 +331,16 @@ class Handoff:
         self._owner.token(active, SampledToken(done.token_id, logprobs))
         if active.leg is leg:
             self._complete(active, leg)
+
+    def _kept_token(self, active: ActiveRequest, leg: Leg, kept: worker_pb2.KeptToken) -> None:
+        """The prefill worker decodes this request: pass its token on."""
+        if kept.position != active.sequence.num_tokens:
+            due = active.sequence.num_tokens
+            self._fail(active, leg, f"token {kept.position} came where {due} was due")
+            return
+        has_logprobs = kept.HasField("logprobs")
+        logprobs = position_logprobs_from_proto(kept.logprobs) if has_logprobs else None
+        self._owner.token(active, SampledToken(kept.token_id, logprobs))
 
     def _note_landed(self, active: ActiveRequest, leg: Leg) -> None:
         if leg.landing is None:
@@ -273,6 +362,7 @@ class Handoff:
         runtime = self._runtime
         seconds = time.monotonic() - leg.granted_at
         runtime.scheduler.preemption.prefilled(leg.num_granted, seconds)
+        runtime.trace.stage(active.request.request_id, "landed", leg.last_piece_at)
         exposed = max(0.0, leg.last_piece_at - leg.first_token_at)
         runtime.metrics.observe_stage("transfer", leg.transfer_seconds)
         runtime.metrics.observe_stage("transfer_exposed", exposed)
@@ -285,6 +375,18 @@ class Handoff:
         self._end(active, leg)
         leg.peer.transfer.finish_receives(leg.leg_id)
         runtime.scheduler.join(active.sequence)
+        runtime.trace.stage(active.request.request_id, "joined")
+
+    def _finish_cut(self, active: ActiveRequest, leg: Leg) -> None:
+        """Compute the rest here once everything up to the cut has landed."""
+        if leg.landing is None or leg.cut_at is None or leg.landing.contiguous < leg.cut_at:
+            return
+        self._note_landed(active, leg)
+        self._end(active, leg)
+        leg.peer.transfer.finish_receives(leg.leg_id)
+        leg.peer.transfer.cancel_sends(leg.leg_id)
+        self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)
+        self._runtime.scheduler.fall_back(active.sequence)
 
     def _fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
         self.abandon(active)

@@ -14,7 +14,8 @@ from typing import Protocol
 import grpc.aio
 import structlog
 
-from tandem.core.errors import DeadlineExceededError
+from tandem.core.errors import DeadlineExceededError, PeerMismatchError
+from tandem.transfer import check_kv_spec
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.worker.event_loop import Outbox
 from tandem.worker.liveness import ProgressWatch
@@ -50,12 +51,16 @@ class PrefillPeer:
         self.name = target.name
         self.incarnation = target.incarnation
         self.lost = False
+        self.load: worker_pb2.WorkerLoad | None = None
+        """What it last said of itself. Engine thread."""
+        self.progress_at = 0.0
+        """When it last said so, or that it had computed a chunk. Engine thread."""
         self._address = target.address
         self._runtime = runtime
         self._handler = handler
         self._outbox: Outbox[worker_pb2.DecodeToPrefill] = Outbox(runtime.events.loop)
         self.transfer = runtime.peer_transfer(
-            target.name, self._send_link, PostedEvents(runtime.loop, handler, self)
+            self._send_link, PostedEvents(runtime.loop, handler, self)
         )
         self._task = runtime.events.spawn(self._run())
 
@@ -82,7 +87,7 @@ class PrefillPeer:
                 await self._read(stub.Serve(self._messages()))
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
-        except DeadlineExceededError as error:
+        except (DeadlineExceededError, PeerMismatchError) as error:
             reason = error.message
         finally:
             beat.cancel()
@@ -130,6 +135,8 @@ class PrefillPeer:
                     ):
                         self._runtime.progress += 1
                 case "hello":
+                    check_kv_spec(self._runtime.kv_spec, message.hello.kv_spec)
+                    self.transfer.meet(self.name, message.hello.kv_spec)
                     log.info("prefill worker connected", worker=self._runtime.name, peer=self.name)
                 case _:
                     self._runtime.loop.post(self._handler.peer_message, self, message)

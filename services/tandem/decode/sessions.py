@@ -143,6 +143,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             async for message in messages:
                 match message.WhichOneof("kind"):
                     case "submit":
+                        self._runtime.trace.stage(message.submit.request_id, "arrived")
                         post(handler.submit, session, message.submit)
                     case "cancel":
                         post(handler.cancel, session, message.cancel)

@@ -20,8 +20,10 @@ from tandem.core.sequence import IterationPlan, Sequence
 from tandem.core.stopping import finish_reason
 from tandem.decode.active import ActiveRequest
 from tandem.decode.handoff import Handoff
+from tandem.decode.lending import Lender
 from tandem.decode.sessions import DecodeService, GatewaySession
 from tandem.engine import IterationOutput
+from tandem.router.lending import local_prefill_limit
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import (
     error_to_failed,
@@ -30,6 +32,7 @@ from tandem.wire import (
     request_from_submit,
 )
 from tandem.worker.pipeline import Pipeline
+from tandem.worker.ranks import RankAddress
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 
 log = structlog.get_logger(__name__)
@@ -49,11 +52,17 @@ class DecodeWorker:
         self._sessions: set[GatewaySession] = set()
         self._arrivals = itertools.count()
 
+    @property
+    def rank_address(self) -> RankAddress | None:
+        """Where the worker's other ranks join; None if it has only one."""
+        return self._runtime.rank_address
+
     def start(self) -> WorkerEndpoint:
         """Load, warm up and serve. Raises `ModelLoadError`."""
         self._runtime.load()
         self._handoff = Handoff(self._runtime, self)
         self._pipeline = Pipeline(self._runtime, self)
+        self._lender = Lender(self._runtime, self._handoff, self)
         return self._runtime.serve(self)
 
     def stop(self) -> None:
@@ -76,6 +85,7 @@ class DecodeWorker:
             self._runtime.metrics.count_request("refused")
             session.fail(error_to_failed(error, message.request_id, message.attempt))
             return
+        self._runtime.trace.stage(message.request_id, "accepted")
         self._active[active.key] = active
         self._by_sequence[active.sequence] = active
         self._prefill(active)
@@ -111,6 +121,7 @@ class DecodeWorker:
     def step(self) -> bool:
         """Schedule and launch an iteration, hand out the one before it. Returns whether anything
         changed."""
+        self._lender.rebalance()
         self._flush()  # first tokens that prefill workers sampled need not wait for this iteration
         plan = self._runtime.scheduler.schedule(time.monotonic())
         for sequence in plan.preempted:
@@ -118,7 +129,13 @@ class DecodeWorker:
         for sequence in plan.admitted:
             self._admitted(self._by_sequence[sequence])
         self._runtime.start_copies()
+        if self._runtime.scheduler.num_waiting:
+            self._lender.keep_where_it_is()
         settled = self._pipeline.run(plan)
+        if plan.chunks:
+            # Without a prompt anywhere there is nothing to move: decoding alone costs nothing here.
+            has_prompts = plan.num_tokens > len(plan.chunks) or self._handoff.has_legs
+            self._lender.news |= has_prompts or self._runtime.scheduler.num_waiting > 0
         self._flush()
         return bool(settled or plan.chunks or plan.preempted or plan.admitted)
 
@@ -149,6 +166,9 @@ class DecodeWorker:
 
     # -- what the hand-over says
 
+    def news(self) -> None:
+        self._lender.news = True
+
     def enqueue(self, active: ActiveRequest) -> None:
         """Let a request wait for blocks; a full queue is its end here."""
         try:
@@ -161,6 +181,7 @@ class DecodeWorker:
         sequence, spec = active.sequence, self._runtime.engine.spec
         if active.first_token_at is None:
             active.first_token_at = time.monotonic()
+            self._runtime.trace.stage(active.request.request_id, "first_token")
         index = sequence.num_output_tokens
         wanted = active.wants_prompt_logprobs
         self._runtime.scheduler.append(sequence, sampled.token_id)
@@ -207,20 +228,38 @@ class DecodeWorker:
         sequence = active.sequence
         if self._runtime.scheduler.is_restoring(sequence):
             return  # `restored` asks again
-        if active.target is not None and self._is_worth_remote(sequence):
+        have = sequence.num_computed or self._runtime.scheduler.peek_cached(sequence)
+        is_here = active.target is None or not self._is_worth_remote(sequence.num_tokens - have)
+        if self._lender.is_sooner_elsewhere(active, have, is_here=is_here):
+            is_here = not is_here
+            active.is_lent = is_here
+            self._runtime.count_lent(0, requests=int(is_here))
+        if sequence.block_table and not self._runtime.scheduler.has_room(sequence):
+            is_here = True  # KV of all its tokens could not come back
+        if active.target is not None and not is_here:
             self._handoff.begin(active, active.target)
-            return
+        else:
+            self.compute_here(active)
+
+    def request_of(self, sequence: Sequence) -> ActiveRequest:
+        return self._by_sequence[sequence]
+
+    def compute_here(self, active: ActiveRequest) -> None:
+        """Let a sequence that has no leg compute what it lacks itself."""
+        sequence = active.sequence
         active.prefill_worker = ""
         sequence.remote = False
+        if self._runtime.scheduler.is_restoring(sequence):
+            return  # `restored` lets it go on
         if sequence.phase == "receiving":
             self._runtime.scheduler.fall_back(sequence)
         else:
             self.enqueue(active)
 
-    def _is_worth_remote(self, sequence: Sequence) -> bool:
-        config = self._runtime.config.worker
-        have = sequence.num_computed or self._runtime.scheduler.peek_cached(sequence)
-        return config.disaggregated and sequence.num_tokens - have > config.local_prefill_max_tokens
+    def _is_worth_remote(self, missing_tokens: int) -> bool:
+        """Whether a prompt goes to its prefill worker by default."""
+        config = self._runtime.config
+        return config.worker.disaggregated and missing_tokens > local_prefill_limit(config)
 
     def _admitted(self, active: ActiveRequest) -> None:
         sequence = active.sequence
@@ -243,6 +282,7 @@ class DecodeWorker:
             self._prefill(active)
 
     def _preempted(self, active: ActiveRequest) -> None:
+        self._runtime.trace.stage(active.request.request_id, "preempted")
         log.info("preempted", request=active.request.request_id, tokens=active.sequence.num_tokens)
         self._prefill(active)
 
@@ -254,6 +294,10 @@ class DecodeWorker:
         decodes = sum(chunk.length == 1 for chunk in plan.chunks)
         self._runtime.count_tokens("decode", decodes)
         self._runtime.count_tokens("prefill", plan.num_tokens - decodes)
+        for chunk in plan.chunks if plan.num_tokens > decodes else ():
+            active = self._by_sequence.get(chunk.sequence)
+            if chunk.length > 1 and active is not None and active.is_lent:
+                self._runtime.count_lent(chunk.length)
         if output.prompt_logprobs:
             for chunk in plan.chunks:
                 active = self._by_sequence.get(chunk.sequence)
@@ -325,5 +369,6 @@ class DecodeWorker:
         del self._active[active.key]
         del self._by_sequence[active.sequence]
         self._runtime.metrics.count_request(outcome)
+        self._runtime.trace.stage(active.request.request_id, "finished")
         if active.first_token_at is not None:
             self._runtime.metrics.observe_stage("decode", time.monotonic() - active.first_token_at)

@@ -6,10 +6,8 @@ with the plan; sequences are read, never changed. Used by one thread, the engine
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,22 +19,20 @@ from tandem.core.config import CacheConfig, ModelConfig
 from tandem.core.request import PositionLogprobs
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.inputs import InputBuilder, IterationInputs, PromptRows
-from tandem.engine.kv_capacity import Neighbours, measure_kv_capacity
+from tandem.engine.kv_capacity import Neighbours
 from tandem.engine.launched import ComputeThread, IterationOutput, Launched, Task, run_here
+from tandem.engine.load import load_model
 from tandem.engine.logprobs import position_logprobs
-from tandem.engine.memory import give_back_freed_memory
-from tandem.engine.models.compiled import CompiledModel, Keep, can_compile
-from tandem.engine.models.config import DecoderConfig
+from tandem.engine.models.compiled import CompiledModel
 from tandem.engine.models.decoder import Decoder
-from tandem.engine.models.layers import Loader
-from tandem.engine.packed_identity import packed_keeper
+from tandem.engine.parallel.compiled import CompiledShard
+from tandem.engine.parallel.group import ALONE
+from tandem.engine.parallel.leader import Announcer, LeadingModel
 from tandem.engine.sampler import Sampler
 from tandem.engine.spec import ModelSpec, load_spec
 from tandem.engine.warm_up import warm_up
-from tandem.engine.weights import Checkpoint, Progress, WeightSource
-from tandem.kvcache.storage import KVStorage
+from tandem.engine.weights import Progress, WeightSource
 from tandem_kernels import REFERENCE, implementation, runs_compiled_decoder
-from tandem_kernels.cpu import prefer_huge_pages
 
 if TYPE_CHECKING:
     from tandem.engine.decode_graphs import DecodeGraphs
@@ -76,10 +72,12 @@ class Engine:
         progress: Progress | None = None,
         weights: WeightSource | None = None,
         neighbours: Neighbours | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
         """Load the weights, from the model directory's files if no other source is given.
         `layers_per_group` 0 makes four groups of layers; `neighbours` is who shares the memory that
-        KV blocks are sized from.
+        KV blocks are sized from. With an `announcer` this is rank 0 of several, and holds its part
+        of the weights and of the KV heads.
 
         Raises `ModelLoadError` for a model that cannot be served, `ConfigError` for settings that
         do not fit it.
@@ -88,30 +86,18 @@ class Engine:
         self.spec: ModelSpec = load_spec(model_dir, model, device)
         self.layer_groups = _layer_groups(self.spec.num_layers, layers_per_group)
         self._progress = progress
-        started, keep = time.monotonic(), None
-        if weights is None:
-            weights = Checkpoint(model_dir, progress)
-            keep = partial(packed_keeper, model_dir, model, self.spec, weights.num_elements)
-        with weights as source:
-            loader = Loader(source, self.spec.torch_dtype, self.device)
-            self._decoder = _load_decoder(loader, self.spec.decoder, self.layer_groups, keep)
-        give_back_freed_memory()
-        load_seconds = time.monotonic() - started
-        self.kv_capacity = measure_kv_capacity(
-            cache, self.spec, self.device, neighbours or Neighbours()
+        loaded = load_model(
+            *(model_dir, model, cache, self.spec, self.device, self.layer_groups),
+            progress=progress,
+            weights=weights,
+            neighbours=neighbours,
+            ranks=ALONE if announcer is None else announcer.ranks,
         )
+        self._decoder, self.storage, self.kv_capacity, load_seconds = loaded
         self.num_blocks = self.kv_capacity.num_blocks
-        self.storage = KVStorage(
-            num_layers=self.spec.num_layers,
-            num_blocks=self.num_blocks,
-            block_size=cache.block_size,
-            num_kv_heads=self.spec.num_kv_heads,
-            head_dim=self.spec.head_dim,
-            dtype=self.spec.torch_dtype,
-            device=self.device,
-        )
-        if isinstance(self._decoder, CompiledModel):
-            prefer_huge_pages(self.storage.kv)
+        self._model: Decoder | CompiledModel | CompiledShard | LeadingModel = self._decoder
+        if announcer is not None:
+            self._model = LeadingModel(self._decoder, announcer, self.spec.vocab_size)
         self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
         self._inputs = InputBuilder(self._sampler, cache.block_size, self.device)
         self._graphs: DecodeGraphs | None = None
@@ -131,7 +117,7 @@ class Engine:
     @property
     def kernels(self) -> str:
         """The implementation that forward passes run on, for people to read."""
-        if runs_compiled_decoder(self.device) and not isinstance(self._decoder, CompiledModel):
+        if runs_compiled_decoder(self.device) and isinstance(self._decoder, Decoder):
             return REFERENCE.name
         return implementation(self.device)
 
@@ -150,7 +136,10 @@ class Engine:
         """Replay decode iterations from CUDA graphs from now on; launch them one kernel after the
         other, as before, where that cannot be. Without CUDA nothing is captured."""
         decoder = self._decoder
-        if isinstance(decoder, CompiledModel) or not self.kernels.startswith("Triton"):
+        if not isinstance(decoder, Decoder) or not self.kernels.startswith("Triton"):
+            return
+        if isinstance(self._model, LeadingModel):
+            log.info("decode iterations run without CUDA graphs: the worker has several ranks")
             return
         from tandem.engine.decode_graphs import DecodeGraphs  # needs the triton package
 
@@ -215,14 +204,14 @@ class Engine:
             logits = graphs.run(token_ids, inputs.batch)
         else:
             group_caller = None if on_layers is None else self._group_caller(on_layers)
-            hidden = self._decoder.forward(
+            hidden = self._model.forward(
                 token_ids, inputs.batch, self.storage, inputs.wanted_rows, group_caller
             )
         prompt_logprobs = self._prompt_logprobs(hidden, inputs.prompt_rows)
         if inputs.columns is None:
             return lambda: IterationOutput(prompt_logprobs=prompt_logprobs)
         if hidden is not None:
-            logits = self._decoder.logits(hidden[-len(inputs.drawn) :])
+            logits = self._model.logits(hidden[-len(inputs.drawn) :])
         drawing = self._sampler.draw(logits, inputs.columns)
         launched.token_ids = drawing.token_ids
         return lambda: IterationOutput(
@@ -264,25 +253,11 @@ class Engine:
             for states in torch.split(hidden[row : row + len(rows)], _LOGPROB_ROWS):
                 start = chunk.start + 1 + len(positions)
                 chosen = seq.token_ids[start : start + len(states)]
-                logits = self._decoder.logits(states)
+                logits = self._model.logits(states)
                 positions.extend(position_logprobs(logits, chosen, [count] * len(chosen)))
             result[seq] = positions
             row += len(rows)
         return result
-
-
-def _load_decoder(
-    loader: Loader,
-    config: DecoderConfig,
-    layer_groups: tuple[tuple[int, int], ...],
-    keep: Callable[[], Keep | None] | None,
-) -> Decoder | CompiledModel:
-    """Load the decoder in the form that the kernels of its device want; `keep` makes what keeps
-    packed weights."""
-    if runs_compiled_decoder(loader.device) and can_compile(config, loader.dtype):
-        group_ends = [first + count - 1 for first, count in layer_groups]
-        return CompiledModel.load(loader, config, group_ends, keep() if keep is not None else None)
-    return Decoder.load(loader, config)
 
 
 def _layer_groups(num_layers: int, layers_per_group: int) -> tuple[tuple[int, int], ...]:

@@ -29,7 +29,6 @@ from tandem_kernels import (
     REFERENCE_CHOICE,
     Choice,
     apply_penalties,
-    sample_tokens,
     top_logprobs,
 )
 
@@ -93,9 +92,7 @@ class Sampler:
     def _draw(self, logits: Tensor, columns: SamplingColumns) -> Tensor:
         """Return int64 [rows]: argmax of truncated logits / temperature + noise."""
         arguments = (logits, columns.temperatures, columns.seeds, columns.positions)
-        if columns.truncation is None:
-            return self._choice.draw(*arguments)
-        return sample_tokens(*arguments, *columns.truncation)
+        return self._choice.draw(*arguments, *(columns.truncation or ()))
 
 
 def _adjust(logits: Tensor, columns: SamplingColumns) -> Tensor:

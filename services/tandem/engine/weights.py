@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,6 +52,15 @@ def find_weight_files(model_dir: Path) -> list[Path]:
     return paths
 
 
+class Part(NamedTuple):
+    """A range of one dimension of a tensor: `length` of `total`, from `start` on."""
+
+    dimension: int
+    start: int
+    length: int
+    total: int
+
+
 class WeightSource(Protocol):
     """Where a decoder's tensors come from."""
 
@@ -64,8 +73,8 @@ class WeightSource(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Copy a tensor into `out`, converting its dtype."""
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
+        """Copy a tensor, or a part of it, into `out`, converting its dtype."""
 
     def check_all_read(self, ignored: Sequence[str] = ()) -> None:
         """Raise `ModelLoadError` naming tensors that nothing asked for."""
@@ -102,8 +111,8 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._path_of
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Copy a tensor into `out`, converting its dtype.
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
+        """Copy a tensor, or a part of it, into `out`, converting its dtype.
 
         Raises `ModelLoadError` if it is missing, has another shape or a dtype that we do not read.
         """
@@ -112,15 +121,22 @@ class Checkpoint:
             raise ModelLoadError(f"{self._model_dir}: tensor {name} is missing from the checkpoint")
         described = self._files[path].get_slice(name)
         shape, dtype = tuple(described.get_shape()), described.get_dtype()
-        if shape != tuple(out.shape):
+        expected = list(out.shape)
+        if part is not None:
+            expected[part.dimension] = part.total
+        if shape != tuple(expected):
             raise ModelLoadError(
-                f"{path}: tensor {name} has shape {shape}, config.json implies {tuple(out.shape)}"
+                f"{path}: tensor {name} has shape {shape}, config.json implies {tuple(expected)}"
             )
         if dtype not in _STORED:
             raise ModelLoadError(
                 f"{path}: tensor {name} is {dtype}; supported: {', '.join(_STORED)}"
             )
-        out.copy_(self._files[path].get_tensor(name))
+        if part is None:
+            out.copy_(self._files[path].get_tensor(name))
+        else:
+            wanted = slice(part.start, part.start + part.length)
+            out.copy_(described[(slice(None),) * part.dimension + (wanted,)])
         self._note(name, out.element_size())
 
     @property

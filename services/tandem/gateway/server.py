@@ -27,6 +27,7 @@ from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.response_cache import ResponseCache
 from tandem.gateway.service import InferenceService
 from tandem.gateway.tenants import load_tenants
+from tandem.tracing.buffer import TraceBuffer
 
 GRACE_SECONDS = 30.0
 _BACKLOG = 2048
@@ -46,9 +47,11 @@ class GatewayServer:
         grace_seconds: float = GRACE_SECONDS,
         own_port: int | None = None,
         scheduler: SchedulerConfig | None = None,
+        trace: TraceBuffer | None = None,
     ) -> None:
         """`own_port`: answer there too, alone, where other gateways share the HTTP port.
         `scheduler`: the workers' settings, for the names of its priority classes.
+        `trace`: where requests are noted; share it with the dispatcher, which serves it.
 
         Raises `ConfigError` if the file of API keys cannot be read. Needs a running event loop only
         from `start` on, if the dispatcher does not before.
@@ -58,7 +61,9 @@ class GatewayServer:
         self._metrics = metrics
         self._targets = targets
         self._own_port = own_port
-        self.service = make_service(config, dispatcher, metrics, scheduler or SchedulerConfig())
+        self.service = make_service(
+            config, dispatcher, metrics, scheduler or SchedulerConfig(), trace
+        )
         self._grpc: GrpcEdge | None = None
         self._http: _HttpServer | None = None
         self._http_task: asyncio.Task[None] | None = None
@@ -164,6 +169,7 @@ def make_service(
     dispatcher: Dispatcher,
     metrics: GatewayMetrics,
     scheduler: SchedulerConfig,
+    trace: TraceBuffer | None = None,
 ) -> InferenceService:
     """Return the service that a configuration asks for. Raises `ConfigError` as `load_tenants`."""
     cache = None
@@ -172,6 +178,7 @@ def make_service(
     return InferenceService(
         dispatcher,
         metrics,
+        trace,
         cache=cache,
         tenants=load_tenants(config.api_keys_file),
         priority_classes=parse_pairs(scheduler.priority_classes),

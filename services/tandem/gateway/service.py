@@ -30,6 +30,7 @@ from tandem.gateway.params import (
 )
 from tandem.gateway.response_cache import ResponseCache, answer_key
 from tandem.gateway.tenants import Tenants
+from tandem.tracing.buffer import TraceBuffer
 
 _INLINE_CHARACTERS = 8192
 """Longer texts are tokenized in a thread, so that they do not hold up the streams."""
@@ -42,12 +43,14 @@ class InferenceService:
         self,
         dispatcher: Dispatcher,
         metrics: GatewayMetrics,
+        trace: TraceBuffer | None = None,
         *,
         cache: ResponseCache | None = None,
         tenants: Tenants | None = None,
         priority_classes: Mapping[str, float] | None = None,
     ) -> None:
         """`priority_classes`: names that a request may give for its priority."""
+        self._trace = trace or TraceBuffer("gateway")
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._cache = cache
@@ -138,8 +141,10 @@ class InferenceService:
         check_account(tenant, ttft_objective, itl_objective)
         sampling = complete_sampling(options, len(token_ids), model.info, model.defaults)
         suffix = secrets.token_hex(8)
+        request_id = f"{client_id}-{suffix}" if client_id else suffix
+        self._trace.stage(request_id, "tokenized")
         return Request(
-            request_id=f"{client_id}-{suffix}" if client_id else suffix,
+            request_id=request_id,
             token_ids=token_ids,
             prompt_len=len(token_ids),
             sampling=sampling,
@@ -156,7 +161,7 @@ class InferenceService:
     ) -> AsyncGenerator[TextEvent, None]:
         """Run a prepared request; the last event has a finish reason and the usage.
 
-        `arrival` is the `time.perf_counter()` at which the request came in. Raises what the
+        `arrival` is the `time.monotonic()` at which the request came in. Raises what the
         dispatcher raises.
         """
         if self._cache is None:
@@ -174,10 +179,11 @@ class InferenceService:
         cache: Literal["miss"] | None = None,
     ) -> AsyncGenerator[TextEvent, None]:
         assembler = OutputAssembler(model.tokenizer, request.sampling, request.prompt_len)
+        self._trace.stage(request.request_id, "received", arrival)
         first = last = 0.0
         async with aclosing(self._dispatcher.generate(request)) as outputs:
             async for output in outputs:
-                now = time.perf_counter()
+                now = time.monotonic()
                 if output.stages is not None:
                     self._metrics.stages(output.stages)
                 if output.handover is not None:
@@ -186,12 +192,14 @@ class InferenceService:
                     self._metrics.next_tokens(now - last)
                 else:
                     first = now
+                    self._trace.stage(request.request_id, "client_first", now)
                     self._metrics.first_token(now - arrival)
                 last = now
                 event = assembler.feed(output)
                 if cache is not None:
                     event, cache = event._replace(cache=cache), None
                 if event.usage is not None:
+                    self._trace.stage(request.request_id, "client_last", now)
                     self._metrics.finished(
                         prompt_tokens=event.usage.prompt_tokens,
                         completion_tokens=event.usage.completion_tokens,

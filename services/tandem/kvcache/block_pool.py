@@ -54,12 +54,13 @@ class BlockPool:
         self.prefix_cache = prefix_cache
         self.num_evictions = 0
         """Cached blocks given to another owner since the start."""
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free: list[int] = []
+        """Free blocks that were used before; the last one is taken first."""
+        self._num_touched = 0
+        """Blocks from here on are free and were never used: a large pool costs what is used."""
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._holders: dict[Owner, list[set[str]]] = {
-            "request": [set() for _ in range(num_blocks)],
-            "transfer": [set() for _ in range(num_blocks)],
-        }
+        self._holders: dict[Owner, dict[int, set[str]]] = {"request": {}, "transfer": {}}
+        """By block, where there are any."""
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._parent_of: dict[int, bytes] = {}
@@ -71,7 +72,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks obtainable now: free ones and cached ones."""
-        return len(self._free) + len(self._cached) - self.num_pinned
+        return self.num_blank + len(self._cached) - self.num_pinned
 
     @property
     def num_pinned(self) -> int:
@@ -83,7 +84,7 @@ class BlockPool:
     @property
     def num_blank(self) -> int:
         """Blocks with nothing in them that is worth keeping."""
-        return len(self._free)
+        return self.num_blocks - self._num_touched + len(self._free)
 
     @property
     def num_used(self) -> int:
@@ -102,7 +103,7 @@ class BlockPool:
     def num_held_by_transfers(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` transfers hold and no request."""
         requests, transfers = self._holders["request"], self._holders["transfer"]
-        return sum(bool(transfers[block] and not requests[block]) for block in blocks)
+        return sum(block in transfers and block not in requests for block in blocks)
 
     def can_allocate(self, n: int) -> bool:
         """Whether `allocate(n, ...)` would succeed."""
@@ -117,9 +118,10 @@ class BlockPool:
         """
         if not self.can_allocate(n):
             raise OutOfBlocksError(f"{holder} asked for {n} blocks, {self.num_free} are obtainable")
-        blocks = [self._free.pop() if self._free else self._evict() for _ in range(n)]
+        blocks = [self._take() for _ in range(n)]
+        holders = self._holders["request"]
         for block in blocks:
-            self._holders["request"][block].add(holder)
+            holders[block] = {holder}
         return blocks
 
     def share(self, blocks: Sequence[int], holder: str) -> None:
@@ -220,7 +222,7 @@ class BlockPool:
         """Who holds how many blocks, both kinds together. O(num_blocks): for leak reports."""
         counts: Counter[str] = Counter()
         for per_block in self._holders.values():
-            for names in per_block:
+            for names in per_block.values():
                 counts.update(names)
         return dict(counts)
 
@@ -233,7 +235,7 @@ class BlockPool:
     # ------------------------------------------------------------------ how it is done
 
     def _is_held(self, block: int) -> bool:
-        return bool(self._holders["request"][block] or self._holders["transfer"][block])
+        return block in self._holders["request"] or block in self._holders["transfer"]
 
     def _check_known(self, block: int) -> None:
         if not 0 <= block < self.num_blocks:
@@ -243,25 +245,27 @@ class BlockPool:
         names = self._holders[owner]
         for block in blocks:
             self._check_known(block)
-            if holder in names[block]:
+            if holder in names.get(block, ()):
                 raise IntegrityError(f"{owner} {holder} already holds block {block}")
             if not self._is_held(block) and block not in self._cached:
                 raise IntegrityError(f"{owner} {holder}: block {block} is free")
         _refuse_repeats(blocks, f"{owner} {holder}")
         for block in blocks:
             self._cached.pop(block, None)
-            names[block].add(holder)
+            names.setdefault(block, set()).add(holder)
 
     def _release(self, owner: Owner, blocks: Sequence[int], holder: str) -> None:
         names = self._holders[owner]
         for block in blocks:
             self._check_known(block)
-            if holder not in names[block]:
+            if holder not in names.get(block, ()):
                 raise IntegrityError(f"{owner} {holder} does not hold block {block}")
         _refuse_repeats(blocks, f"{owner} {holder}")
         newly_cached: list[int] = []
         for block in reversed(blocks):
             names[block].discard(holder)
+            if not names[block]:
+                del names[block]
             if self._is_held(block):
                 continue
             if block in self._hash_of:
@@ -289,6 +293,15 @@ class BlockPool:
                     self._cached.move_to_end(block)
                 block = self._block_of.get(self._parent_of[block])
 
+    def _take(self) -> int:
+        """A block that nobody holds: one used before, one never used, or the oldest cached one."""
+        if self._free:
+            return self._free.pop()
+        if self._num_touched < self.num_blocks:
+            self._num_touched += 1
+            return self._num_touched - 1
+        return self._evict()
+
     def _evict(self) -> int:
         block = next(block for block in self._cached if block not in self._pinned)
         del self._cached[block]
@@ -301,8 +314,9 @@ class BlockPool:
         return block
 
     def _place_violations(self) -> Iterable[str]:
-        free = set(self._free)
-        if len(free) != len(self._free):
+        untouched = range(self._num_touched, self.num_blocks)
+        free = {*self._free, *untouched}
+        if len(free) != len(self._free) + len(untouched):
             yield "a block is in the free list twice"
         for block in range(self.num_blocks):
             places = (block in free, block in self._cached, self._is_held(block))

@@ -207,8 +207,11 @@ def make_host_tier(
     """Return the host tier that the configuration asks for; None for none.
 
     `swaps`: whether sequences of this worker are preempted. Room for swapping is never more than
-    the device's blocks: to swap out more at once is no use.
+    the device's blocks: to swap out more at once is no use. No tier where the size of a block is
+    not known, as in a simulation without links.
     """
+    if not block_bytes:
+        return None
     spilled = cache.host_memory_bytes // block_bytes if cache.prefix_cache else 0
     swapped = cache.swap_memory_bytes // block_bytes if swaps else 0
     num_blocks = max(spilled, min(swapped, pool.num_blocks))

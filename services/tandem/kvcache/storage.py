@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,10 +61,10 @@ class KVStorage:
 
     def slots(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
         """Return the slots of tokens [start, end) of a sequence, int64 [end - start]."""
-        positions = torch.arange(start, end)
-        blocks = torch.tensor(block_table[: -(-end // self.block_size)], dtype=torch.int64)
+        positions = np.arange(start, end)  # a third of what torch takes for so little
+        blocks = np.array(block_table[: -(-end // self.block_size)], dtype=np.int64)
         slots = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
-        return slots.to(self.device)
+        return torch.from_numpy(slots).to(self.device)
 
     def pack(
         self, first_layer: int, num_layers: int, slots: Tensor, out: Tensor | None = None

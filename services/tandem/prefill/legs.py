@@ -11,7 +11,7 @@ from tandem.worker.landing import LandingProgress
 if TYPE_CHECKING:
     from tandem.prefill.sessions import DecodePeer
 
-LegPhase = Literal["queued", "offered", "granted", "fetching", "computing"]
+LegPhase = Literal["queued", "offered", "granted", "fetching", "computing", "keeping"]
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +22,10 @@ class PrefillLeg:
         queued --near the head--> offered --Grant--> granted --blocks--> [fetching -->] computing
            |
            +--request came with a grant--> granted
+           +--offered, and no blocks there--> keeping --Grant--> computing, or over
+
+    A kept leg is computed and decoded here; its tokens are sent one by one. With the grant its KV
+    goes, and if it has a token already, the decode worker goes on.
 
     It ends when the first token is sampled, when the decode worker cancels or is lost, or when it
     fails; the transfer's hold on its blocks may outlive it.

@@ -34,6 +34,10 @@ class LegHandler(TransferHandler["DecodePeer"], Protocol):
 
     def cancel(self, peer: DecodePeer, message: worker_pb2.CancelPrefill) -> None: ...
 
+    def keep(self, peer: DecodePeer, message: worker_pb2.KeepPrefill) -> None: ...
+
+    def cut(self, peer: DecodePeer, message: worker_pb2.CutPrefill) -> None: ...
+
 
 class DecodePeer:
     """One decode worker's stream, from hello to its end."""
@@ -44,8 +48,9 @@ class DecodePeer:
         self.name = f"{hello.name}@{hello.incarnation}"
         self.outbox: Outbox[worker_pb2.PrefillToDecode] = Outbox(runtime.events.loop)
         self.transfer = runtime.peer_transfer(
-            hello.name, self._send_link, PostedEvents(runtime.loop, handler, self)
+            self._send_link, PostedEvents(runtime.loop, handler, self)
         )
+        self.transfer.meet(hello.name, hello.kv_spec)
 
     def send(self, message: worker_pb2.PrefillToDecode) -> None:
         """Queue a message for the decode worker; dropped once it is gone."""
@@ -133,11 +138,16 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             case "link":
                 peer.transfer.handle(message.link)
             case "prefill":
+                self._runtime.trace.stage(message.prefill.request_id, "leg_arrived")
                 post(handler.prefill, peer, message.prefill)
             case "grant":
                 post(handler.grant, peer, message.grant)
             case "cancel":
                 post(handler.cancel, peer, message.cancel)
+            case "cut":
+                post(handler.cut, peer, message.cut)
+            case "keep":
+                post(handler.keep, peer, message.keep)
             case "heartbeat":
                 pass  # that it came is all it says
             case kind:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import grpc.aio
 import structlog
@@ -18,12 +19,17 @@ from tandem.core.errors import OverloadedError, TandemError
 from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.engine.engine import LayerGroup
+from tandem.prefill.kept import KeptRequests
 from tandem.prefill.legs import PrefillLeg
 from tandem.prefill.sessions import DecodePeer, PrefillService
+from tandem.router.lending import PromptWork, load_of
+from tandem.scheduler.prompt_room import PromptRoom
 from tandem.transfer import Piece
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import position_logprobs_to_proto, request_from_prefill
 from tandem.worker.landing import LandingProgress
+from tandem.worker.load import load_to_proto
+from tandem.worker.ranks import RankAddress
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
 from tandem.worker.transfers import LandedPiece, TransferHolds
 
@@ -48,10 +54,19 @@ class PrefillWorker:
         self._peers: set[DecodePeer] = set()
         self._arrivals = itertools.count()
 
+    @property
+    def rank_address(self) -> RankAddress | None:
+        """Where the worker's other ranks join; None if it has only one."""
+        return self._runtime.rank_address
+
     def start(self) -> WorkerEndpoint:
         """Load, warm up and serve. Raises `ModelLoadError`."""
         self._runtime.load()
+        if self._runtime.config.lending.mode == "measured":
+            objective = self._runtime.config.scheduler.itl_objective
+            self._runtime.scheduler.prompt_room = PromptRoom(objective, heeds_joining=False)
         self._holds = TransferHolds(self._runtime.pool)
+        self._kept = KeptRequests(self._runtime, self._holds, self)
         return self._runtime.serve(self)
 
     def stop(self) -> None:
@@ -84,6 +99,7 @@ class PrefillWorker:
             self._runtime.metrics.count_request("refused")
             _fail_leg(peer, message.leg_id, error.message)
             return
+        self._runtime.trace.stage(request.request_id, "queued")
         now = time.monotonic()
         sequence = Sequence(request, next(self._arrivals), arrived_at=now)
         leg = PrefillLeg(peer, message.leg_id, sequence, received_at=now)
@@ -91,20 +107,45 @@ class PrefillWorker:
         self._by_sequence[sequence] = leg
         if message.HasField("grant"):
             self._granted(leg, message.grant.held_tokens)
+        elif message.keep:
+            self._keep(leg)
 
     def grant(self, peer: DecodePeer, message: worker_pb2.Grant) -> None:
         """The decode worker has reserved blocks for an offered leg."""
         leg = self._legs.get((peer, message.leg_id))
-        if leg is None or leg.phase != "offered":
+        if leg is not None and leg.phase == "keeping":
+            self._kept.granted(leg, message)
+        elif leg is not None and leg.phase == "offered":
+            self._granted(leg, message.held_tokens)
+        else:
             self._runtime.metrics.stale.inc()
-            return
-        self._granted(leg, message.held_tokens)
+
+    def keep(self, peer: DecodePeer, message: worker_pb2.KeepPrefill) -> None:
+        """The decode worker has no blocks: decode an offered leg here for now."""
+        leg = self._legs.get((peer, message.leg_id))
+        if leg is not None and leg.phase == "offered":
+            self._keep(leg)
 
     def cancel(self, peer: DecodePeer, message: worker_pb2.CancelPrefill) -> None:
         """Drop a leg; one that has ended already is no concern."""
         leg = self._legs.get((peer, message.leg_id))
         if leg is not None:
             self._drop(leg)
+
+    def cut(self, peer: DecodePeer, message: worker_pb2.CutPrefill) -> None:
+        """End a leg between two chunks: what is computed is sent, the decode worker does the rest.
+
+        One that has ended already was faster than the message.
+        """
+        leg = self._legs.get((peer, message.leg_id))
+        if leg is None:
+            return
+        computed = leg.sequence.num_computed if leg.phase == "computing" else 0
+        cut = worker_pb2.PrefillCut(leg_id=leg.leg_id, num_tokens=max(leg.held_tokens, computed))
+        peer.send(worker_pb2.PrefillToDecode(cut=cut))
+        peer.transfer.finish_sends(leg.leg_id)
+        peer.transfer.cancel_receives(leg.leg_id)
+        self.forget(leg, "cut")
 
     # -- the loop
 
@@ -120,10 +161,13 @@ class PrefillWorker:
             self._fail(self._by_sequence[sequence], "out of KV blocks")
         if plan.chunks:
             self._runtime.iterate(plan, lambda: self._run(plan))
+            if not self._legs:
+                self._report_load()  # idle from here on: somebody may have a prompt to spare
         return bool(plan.chunks or plan.admitted or plan.preempted)
 
     def tick(self) -> None:
-        """Nothing here waits on a deadline of its own: streams and links have theirs."""
+        """Say how loaded it is; streams and links have deadlines of their own."""
+        self._report_load()
 
     def drop_everything(self) -> None:
         """Forget every leg and stream."""
@@ -131,6 +175,23 @@ class PrefillWorker:
             self._drop(leg)
         for peer in self._peers:
             peer.close()
+
+    def _report_load(self) -> None:
+        """Tell every decode worker what it needs to decide where its prompts are computed."""
+        if self._runtime.config.lending.mode != "measured":
+            return
+        queued: dict[DecodePeer, PromptWork] = {peer: PromptWork() for peer in self._peers}
+        for leg in self._legs.values():
+            start = max(leg.held_tokens, leg.sequence.num_computed)
+            queued[leg.peer] = queued[leg.peer].plus(start, leg.sequence.num_tokens)
+        tokens = sum(work.tokens for work in queued.values())
+        attended = sum(work.attended for work in queued.values())
+        load = load_of(self._runtime.scheduler, PromptWork())
+        is_measured = self._runtime.scheduler.costs.trusted
+        for peer, own in queued.items():
+            others = PromptWork(tokens - own.tokens, attended - own.attended)
+            message = load_to_proto(replace(load, queued=others), is_measured=is_measured)
+            peer.send(worker_pb2.PrefillToDecode(load=message))
 
     # -- what transfers say
 
@@ -188,6 +249,7 @@ class PrefillWorker:
                 leg = self._by_sequence[sequence]
                 ahead += leg.sequence.num_tokens
                 leg.phase = "offered"
+                self._runtime.trace.stage(sequence.request.request_id, "offered")
                 offer = worker_pb2.Offer(leg_id=leg.leg_id)
                 peer.send(worker_pb2.PrefillToDecode(offer=offer))
 
@@ -201,11 +263,20 @@ class PrefillWorker:
         except OverloadedError as error:
             self._fail(leg, error.message)
 
+    def _keep(self, leg: PrefillLeg) -> None:
+        leg.phase = "keeping"
+        self._runtime.count_lent(0, requests=1)
+        try:
+            self._runtime.scheduler.add(leg.sequence)
+        except OverloadedError as error:
+            self._fail(leg, error.message)
+
     def _start(self, leg: PrefillLeg) -> None:
         """Blocks are reserved: fetch what the decode worker has, send what is cached here."""
         sequence, transfer = leg.sequence, leg.peer.transfer
         cached, held = sequence.num_computed, leg.held_tokens
         leg.started_at = time.monotonic()
+        self._runtime.trace.stage(sequence.request.request_id, "started", leg.started_at)
         metrics = self._runtime.metrics
         metrics.observe_stage("queue", leg.started_at - leg.received_at)
         self._runtime.count_prefix_lookup(sequence)
@@ -213,6 +284,8 @@ class PrefillWorker:
             leg_id=leg.leg_id, cached_tokens=cached, fetch_start=cached, fetch_end=max(cached, held)
         )
         leg.peer.send(worker_pb2.PrefillToDecode(started=started))
+        if leg.phase == "keeping":
+            return
         self._holds.take(leg.peer.name, leg.leg_id, "out", sequence)
         transfer.open_sends(leg.leg_id)
         if cached < held:
@@ -224,7 +297,7 @@ class PrefillWorker:
             return
         ready = self._runtime.engine.record_event()
         for first_layer, num_layers in self._runtime.engine.layer_groups:
-            self._send(leg, LayerGroup(first_layer, num_layers, ready), held, cached)
+            self.send_kv(leg, LayerGroup(first_layer, num_layers, ready), held, cached)
         if sequence.phase == "receiving":
             self._compute(leg)
         else:
@@ -244,7 +317,8 @@ class PrefillWorker:
 
         def on_layers(group: LayerGroup) -> None:
             for leg, chunk in legs:
-                self._send(leg, group, max(chunk.start, leg.held_tokens), chunk.end)
+                if leg.phase != "keeping":
+                    self.send_kv(leg, group, max(chunk.start, leg.held_tokens), chunk.end)
 
         try:
             output = runtime.engine.run(plan, on_layers)
@@ -254,13 +328,18 @@ class PrefillWorker:
                 self._fail(leg, f"{runtime.name}: forward pass failed: {error}")
             return
         runtime.scheduler.advance(plan)
-        runtime.count_tokens("prefill", plan.num_tokens)
+        for chunk in plan.chunks:
+            runtime.count_tokens("decode" if chunk.length == 1 else "prefill", chunk.length)
         for leg, chunk in legs:
             self._computed(leg, chunk, output.prompt_logprobs.get(chunk.sequence, []))
         for sequence, sampled in output.tokens.items():
-            self._finish(self._by_sequence[sequence], sampled)
+            leg = self._by_sequence[sequence]
+            if leg.phase != "keeping":
+                self._finish(leg, sampled)
+            elif self._kept.sampled(leg, sampled):
+                self.forget(leg, "finished")
 
-    def _send(self, leg: PrefillLeg, group: LayerGroup, start: int, end: int) -> None:
+    def send_kv(self, leg: PrefillLeg, group: LayerGroup, start: int, end: int) -> None:
         """Hand KV of tokens [start, end) in one group of layers to the link."""
         if start >= end:
             return
@@ -273,6 +352,9 @@ class PrefillWorker:
     def _computed(
         self, leg: PrefillLeg, chunk: ScheduledChunk, logprobs: list[PositionLogprobs]
     ) -> None:
+        if leg.phase == "keeping" and chunk.start >= len(leg.sequence.request.token_ids):
+            leg.chunks += 1
+            return  # a decode step: its token says it all
         message = worker_pb2.ChunkComputed(
             leg_id=leg.leg_id,
             chunk=leg.chunks,
@@ -294,7 +376,7 @@ class PrefillWorker:
             done.logprobs.CopyFrom(position_logprobs_to_proto(sampled.logprobs))
         leg.peer.send(worker_pb2.PrefillToDecode(done=done))
         leg.peer.transfer.finish_sends(leg.leg_id)
-        self._forget(leg, "finished")
+        self.forget(leg, "finished")
         self._runtime.metrics.observe_stage("prefill", done.prefill_seconds)
 
     def _fail(self, leg: PrefillLeg, reason: str) -> None:
@@ -304,9 +386,10 @@ class PrefillWorker:
     def _drop(self, leg: PrefillLeg, outcome: str = "cancelled") -> None:
         leg.peer.transfer.cancel_sends(leg.leg_id)
         leg.peer.transfer.cancel_receives(leg.leg_id)
-        self._forget(leg, outcome)
+        self.forget(leg, outcome)
 
-    def _forget(self, leg: PrefillLeg, outcome: str) -> None:
+    def forget(self, leg: PrefillLeg, outcome: str) -> None:
+        """End a leg here; what its transfer still reads stays held."""
         self._runtime.scheduler.finish(leg.sequence, None)
         del self._legs[leg.peer, leg.leg_id]
         del self._by_sequence[leg.sequence]

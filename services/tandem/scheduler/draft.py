@@ -24,6 +24,9 @@ class Draft:
         self.tokens_left = budget
         self.admits = True
         """Whether another sequence may leave the queue in this iteration."""
+        self.prompt_room: int | None = None
+        """Prompt tokens that may compute beside decode steps; None: not asked yet."""
+        self.prompt_tokens = 0
         self.chunks: dict[Sequence, ScheduledChunk] = {}
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -81,12 +84,16 @@ class Draft:
             length = self.tokens_left
         self.chunks[seq] = ScheduledChunk(seq, seq.num_computed, length)
         self.tokens_left -= length
+        if length > 1:
+            self.prompt_tokens += length
 
     def drop_chunk(self, seq: Sequence) -> None:
         """Take a sequence out of the iteration again, if it is in it."""
         chunk = self.chunks.pop(seq, None)
         if chunk is not None:
             self.tokens_left += chunk.length
+            if chunk.length > 1:
+                self.prompt_tokens -= chunk.length
 
     def plan(self) -> IterationPlan:
         """Return the iteration as it stands."""

@@ -31,6 +31,7 @@ from tandem.scheduler.fit import check_admissible, check_fits
 from tandem.scheduler.host_copies import HostCopies
 from tandem.scheduler.policies import Policy, make_policy
 from tandem.scheduler.preemption import Options, Preemption, Way
+from tandem.scheduler.prompt_room import PromptRoom
 from tandem.scheduler.sequence_queue import SequenceQueue
 
 
@@ -78,6 +79,8 @@ class Scheduler:
         self._stalled: set[Sequence] = set()  # those that wait for a block
         self.must_settle = False
         """Whether the next plan needs every iteration under way ended, and its tokens appended."""
+        self.prompt_room: PromptRoom | None = None
+        """Bounds prompts beside decode steps, where a worker computes them with its slack."""
         self.waiting = SequenceQueue()
         self.running = SequenceQueue()
         self.receiving = SequenceQueue()
@@ -110,7 +113,10 @@ class Scheduler:
         """
         size = self.pool.block_size
         held = (seq for queue in (self.running, self.receiving) for seq in queue)
-        return sum(max(0, len(seq.block_table) * size - seq.num_tokens - 1) for seq in held)
+        return sum(
+            max(0, len(seq.block_table) * size - seq.num_tokens - seq.num_in_flight - 1)
+            for seq in held
+        )
 
     def check_fits(self, request: Request) -> None:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
@@ -136,6 +142,19 @@ class Scheduler:
         """Return how many tokens of a sequence its prefix cache would give now. Takes no hold."""
         hashes = self._findable_hashes(seq)
         return len(self.pool.match_prefix(hashes)) * self.pool.block_size
+
+    def blocks_to_admit(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence would take from the pool; 0 if it holds its own."""
+        return 0 if seq.block_table else self._num_blocks(seq.num_tokens + 1)
+
+    def most_blocks(self, seq: Sequence) -> int:
+        """Return how many blocks a sequence takes when it is as long as it may become."""
+        return self._num_blocks(min(seq.request.max_len, self.max_model_len))
+
+    def has_room(self, seq: Sequence) -> bool:
+        """Whether a sequence holds blocks for all of its tokens. One that a prefill worker decoded
+        for a while may have grown past those that were reserved."""
+        return seq.num_tokens <= len(seq.block_table) * self.pool.block_size
 
     def withdraw(self, seq: Sequence) -> None:
         """Take a sequence out of the queue; `add` puts it back at its place."""
@@ -212,13 +231,13 @@ class Scheduler:
                 seq.num_computed = end
             if seq.phase == "running":
                 if start // block_size != end // block_size:
-                    self._publish(seq, start, end)
+                    self.publish(seq, start, end)
             elif seq.phase == "finished" and not seq.num_under_way:
                 self._release(seq)
 
     def append(self, seq: Sequence, token_id: int) -> None:
-        """Add a sampled token (or, while receiving, the one that the prefill worker sampled)."""
-        if seq.phase not in ("running", "receiving"):
+        """Add a sampled token; that of a remote sequence came from a prefill worker."""
+        if not (seq.phase in ("running", "receiving") or (seq.phase == "waiting" and seq.remote)):
             raise ValueError(f"{holder_of(seq)} is {seq.phase} and takes no tokens")
         seq.token_ids.append(token_id)
         if seq.num_in_flight:
@@ -232,20 +251,21 @@ class Scheduler:
             # Blocks of prompts were reserved at admission; 0: a sample is awaited.
             missing = seq.num_uncomputed
             if missing > 1:
-                draft.add_chunk(seq, min(limit, missing))
-            elif missing == 1 and (
-                seq.num_computed < len(seq.block_table) * self.pool.block_size
-                or self._secure_blocks(seq, draft)
+                limit = min(limit, self._room_for_prompts(draft))
+            length = min(limit, missing)
+            end = seq.num_computed + length
+            if length > 0 and (
+                end <= len(seq.block_table) * self.pool.block_size
+                or self._secure_blocks(seq, end, draft)
             ):
-                draft.add_chunk(seq, 1)
+                draft.add_chunk(seq, length)
 
     # ------------------------------------------------------------------ out of blocks
 
-    def _secure_blocks(self, seq: Sequence, draft: Draft) -> bool:
-        """Get a block for `seq`, preempting the last if need be. False: not in this iteration."""
-        missing = self._num_blocks(seq.num_computed + 1) - len(seq.block_table)
-        if missing <= 0:
-            return True
+    def _secure_blocks(self, seq: Sequence, num_tokens: int, draft: Draft) -> bool:
+        """Get the blocks that `seq` lacks for its first `num_tokens` tokens, preempting the last if
+        need be. False: not in this iteration."""
+        missing = self._num_blocks(num_tokens) - len(seq.block_table)
         while not self.pool.can_allocate(missing):
             if self.must_settle or not self._make_room(seq, missing, draft):
                 return False
@@ -319,13 +339,26 @@ class Scheduler:
             self._leave(victim, "preempted")
             draft.preempted.append(victim)
 
+    def _room_for_prompts(self, draft: Draft) -> int:
+        """Prompt tokens that this iteration can still take."""
+        if self.prompt_room is None:
+            return draft.tokens_left
+        if draft.prompt_room is None:
+            limit = self.config.max_batch_tokens
+            draft.prompt_room = self.prompt_room.tokens(
+                draft.decoding, self.costs, limit, num_receiving=len(self.receiving)
+            )
+        return min(draft.tokens_left, draft.prompt_room - draft.prompt_tokens)
+
     # ------------------------------------------------------------------ admission
 
     def _admit(self, seq: Sequence, limit: int, draft: Draft) -> None:
         """Let a sequence out of the queue, or end admission for this iteration."""
         if not draft.admits or seq not in self.waiting:
             return
-        if (draft.tokens_left == 0 and not seq.remote) or not self._reserve_blocks(seq):
+        if not seq.remote:
+            limit = min(limit, draft.tokens_left, self._room_for_prompts(draft))
+        if not limit or not self._reserve_blocks(seq):
             draft.admits = False
             return
         receives = seq.remote or self.is_restoring(seq)
@@ -411,7 +444,7 @@ class Scheduler:
         start, seq.num_computed = seq.num_computed, max(seq.num_computed, num_tokens)
         # The newest token may be computed here after all (`fall_back`), and a block that others can
         # find is never written again: so the block of the newest token is published by `join`.
-        self._publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
+        self.publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
 
     def join(self, seq: Sequence) -> None:
         """Let a receiving sequence decode: all KV but the newest token's must be in place."""
@@ -428,10 +461,22 @@ class Scheduler:
         seq.num_computed = min(seq.num_computed, seq.num_tokens - 1)
         self._start_running(seq)
 
+    def hand_out(self, seq: Sequence) -> None:
+        """Let a prefill worker compute what is left of a running prompt: `fall_back` undone.
+
+        It keeps its blocks and what is in them, and must hold those of all its tokens.
+        """
+        if seq.phase != "running" or seq.num_uncomputed < 2 or not self.has_room(seq):
+            raise ValueError(
+                f"{holder_of(seq)} is {seq.phase} with {seq.num_uncomputed} to compute"
+            )
+        seq.remote = True
+        self._move(seq, "receiving")
+
     def _start_running(self, seq: Sequence) -> None:
         seq.remote = False
         self._move(seq, "running")
-        self._publish(seq, 0, seq.num_computed)
+        self.publish(seq, 0, seq.num_computed)
 
     def _require_receiving(self, seq: Sequence) -> None:
         if seq.phase != "receiving":
@@ -480,7 +525,7 @@ class Scheduler:
         salt = seq.request.cache_salt
         extend_hashes(seq.block_hashes, seq.token_ids, self.pool.block_size, salt)
 
-    def _publish(self, seq: Sequence, start: int, end: int) -> None:
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
         """Make the blocks findable that are full now that tokens [start, end) have their KV."""
         blocks = range(start // self.pool.block_size, end // self.pool.block_size)
         if not blocks or not self.pool.prefix_cache:

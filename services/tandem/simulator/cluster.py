@@ -16,12 +16,14 @@ from tandem.simulator.decode import SimulatedDecode
 from tandem.simulator.gateway import SimulatedGateway
 from tandem.simulator.iterations import IterationLoop
 from tandem.simulator.links import Links
+from tandem.simulator.machines import Machine, WorkerTime
 from tandem.simulator.prefill import SimulatedPrefill
-from tandem.simulator.profile import Profile
+from tandem.simulator.profile import LinkCost, Profile
 from tandem.simulator.report import PoolUse, Report
-from tandem.simulator.timeline import Recorder
 from tandem.simulator.trace import HASHED_TOKENS, TraceRequest
+from tandem.timeline.events import Timeline
 
+_NO_LINK = LinkCost(bytes_per_second=1.0, kv_bytes_per_token=1.0)
 ROLES: tuple[PoolRole, ...] = ("prefill", "decode")
 
 
@@ -34,26 +36,39 @@ class ClusterSpec:
     num_prefill: int
     num_decode: int
     seed: int = 0
+    leaps: bool = True
+    """Take stretches of equal decode steps at once. The report is the same but for rounding."""
 
 
 def simulate(
     trace: list[TraceRequest],
     spec: ClusterSpec,
     slo: Mapping[str, float] | None = None,
-    recorder: Recorder | None = None,
+    recorder: Timeline | None = None,
 ) -> Report:
     """Run a trace to its last token. The same arguments give the same report.
 
     Raises `IntegrityError` if a block is still held when everything has ended.
     """
-    block_size = spec.config.cache.block_size
+    config = spec.config
+    if not spec.num_prefill:
+        lending = config.lending.model_copy(update={"mode": "threshold"})
+        config = config.model_copy(update={"lending": lending})
+    block_size = config.cache.block_size
     if any(request.hash_ids for request in trace) and HASHED_TOKENS % block_size:
         raise ConfigError(f"cache.block_size must divide {HASHED_TOKENS} for traces with hashes")
     clock, report, rpc = Clock(), Report(slo or {}), spec.profile.rpc_seconds
-    links = Links(spec.profile.link)
+    if spec.profile.link is None and spec.num_prefill:
+        raise ConfigError(
+            f"profile {spec.profile.name} has no link, which prefill workers need: measure one of "
+            "a cluster with a prefill worker, or simulate without (--prefill 0)"
+        )
+    links = Links(spec.profile.link or _NO_LINK)
     router = Router(spec.config.gateway.router, block_size, spec.seed)
-    gateway = SimulatedGateway(trace, router, clock, report, block_size, rpc)
-    loops = {role: _loops(role, spec, trace, clock, report, recorder) for role in ROLES}
+    way = spec.profile.gateway_seconds + rpc
+    gateway = SimulatedGateway(trace, router, clock, report, block_size, way, recorder)
+    machines = _machines(spec)
+    loops = {role: _loops(role, spec, trace, clock, report, recorder, machines) for role in ROLES}
     prefill: dict[str, SimulatedPrefill] = {}
     for loop in loops["prefill"]:
         prefill[loop.name] = worker = SimulatedPrefill(
@@ -62,8 +77,7 @@ def simulate(
         loop.attach(worker)
     decode: dict[str, SimulatedDecode] = {}
     for loop in loops["decode"]:
-        local_max = spec.config.worker.local_prefill_max_tokens
-        decode[loop.name] = taker = SimulatedDecode(loop, clock, rpc, local_max, gateway)
+        decode[loop.name] = taker = SimulatedDecode(loop, clock, rpc, config, gateway)
         loop.attach(taker)
     gateway.open(prefill, decode)
     clock.run()
@@ -85,7 +99,8 @@ def _loops(
     trace: list[TraceRequest],
     clock: Clock,
     report: Report,
-    recorder: Recorder | None,
+    recorder: Timeline | None,
+    machines: Mapping[tuple[PoolRole, int], Machine],
 ) -> list[IterationLoop]:
     """The engine loops of one pool, each around a scheduler and a block pool of its own."""
     profile, cache = spec.profile, spec.config.cache
@@ -96,14 +111,31 @@ def _loops(
     for index in range(number):
         pool = BlockPool(cache.num_blocks or profile.num_blocks, cache.block_size, caching)
         policy = make_policy(spec.config.scheduler, role)
-        block_bytes = int(profile.link.kv_bytes_per_token * cache.block_size)
+        token_bytes = profile.link.kv_bytes_per_token if profile.link is not None else 0
+        block_bytes = int(token_bytes * cache.block_size)
         tier = make_host_tier(cache, pool, block_bytes, swaps=role == "decode")
         scheduler = Scheduler(
             spec.config.scheduler, pool, profile.max_model_len, policy, tier, block_bytes
         )
         name = f"{role}-{index}"
+        machine, seed = machines[role, index], 2 * index + (role == "prefill")
+        time = WorkerTime(profile.iteration, profile.shared, machine, role, seed)
         copying = block_bytes / profile.host_bytes_per_second
         loops.append(
-            IterationLoop(name, scheduler, profile.iteration, clock, use, recorder, copying)
+            IterationLoop(name, scheduler, time, clock, use, recorder, spec.leaps, copying)
         )
     return loops
+
+
+def _machines(spec: ClusterSpec) -> dict[tuple[PoolRole, int], Machine]:
+    """Where each worker runs: prefill and decode workers in turn, so many to a machine."""
+    numbers = {"prefill": spec.num_prefill, "decode": spec.num_decode}
+    most = max(numbers.values())
+    workers = [(role, index) for index in range(most) for role in ROLES if index < numbers[role]]
+    machines: list[Machine] = []
+    placed = {}
+    for place, worker in enumerate(workers):
+        if place % spec.profile.shared.workers == 0:
+            machines.append(Machine())
+        placed[worker] = machines[-1]
+    return placed

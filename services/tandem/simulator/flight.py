@@ -27,6 +27,17 @@ class SimulatedLeg:
     """When the last of its pieces so far arrives."""
     first_token_at: float = 0.0
     has_landed: bool = False
+    is_granted: bool = False
+    computed: int = 0
+    """Tokens that the prefill worker has said to have computed."""
+    done: int = 0
+    """Tokens that it has computed, on the prefill worker."""
+    was_cut: bool = False
+    is_kept: bool = False
+    """Whether the prefill worker decodes it while the decode worker has no blocks."""
+    was_kept: bool = False
+    reserved_tokens: int = 0
+    """Of a kept leg that was granted: tokens whose KV has a place."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,3 +56,7 @@ class Flight:
     last_token_at: float = 0.0
     longest_gap: float = 0.0
     preemptions: int = 0
+    moves: int = 0
+    """Times that its prompt went from one pool to the other."""
+    is_lent: bool = False
+    """Whether the decode worker computes its prompt for the prefill pool."""

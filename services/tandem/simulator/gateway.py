@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tandem.core.errors import TandemError
@@ -15,6 +16,7 @@ from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight
 from tandem.simulator.report import Report
 from tandem.simulator.trace import HASHED_TOKENS, TraceRequest
+from tandem.timeline.events import StageName, Timeline
 
 if TYPE_CHECKING:
     from tandem.simulator.decode import SimulatedDecode
@@ -34,14 +36,17 @@ class SimulatedGateway:
         clock: Clock,
         report: Report,
         block_size: int,
-        rpc_seconds: float,
+        way_seconds: float,
+        recorder: Timeline | None = None,
     ) -> None:
+        """`way_seconds`: from a request's arrival to its decode worker."""
         self.report = report
+        self._recorder = recorder
         self._trace = trace
         self._router = router
         self._clock = clock
         self._block_size = block_size
-        self._rpc_seconds = rpc_seconds
+        self._way_seconds = way_seconds
 
     def open(
         self, prefill: Mapping[str, SimulatedPrefill], decode: Mapping[str, SimulatedDecode]
@@ -75,7 +80,14 @@ class SimulatedGateway:
         prefill = self._prefill[assigned.prefill] if assigned.prefill else None
         decode = self._decode[assigned.decode]
         flight = Flight(request, hashes, self._clock.now, decode, prefill, sequence)
-        self._clock.after(self._rpc_seconds, decode.submit, flight)
+        self.stage(flight, "gateway", "received")
+        self._clock.after(self._way_seconds, decode.submit, flight)
+
+    def stage(self, flight: Flight, process: str, name: StageName, at: float | None = None) -> None:
+        """Note for the timeline, if there is one, that a request passed a boundary."""
+        if self._recorder is not None:
+            when = self._clock.now if at is None else at
+            self._recorder.stage(process, when, flight.request.request_id, name)
 
     # ------------------------------------------------------------------ what decode workers say
 
@@ -91,10 +103,27 @@ class SimulatedGateway:
             flight.first_token_at = now
             self.report.ttfts.append(now - flight.arrival)
             self._router.first_token(flight.request.request_id)
+            self.stage(flight, "gateway", "client_first", now)
         flight.last_token_at = now
+
+    def tokens(self, flights: list[Flight], times: list[float]) -> None:
+        """Each of them has got a token at each of these times; it had one before."""
+        report, last = self.report, times[-1]
+        count = len(flights)
+        report.output_tokens += count * len(times)
+        longest = 0.0
+        for earlier, later in pairwise(times):
+            report.gaps.add(later - earlier, count)
+            longest = max(longest, later - earlier)
+        for flight in flights:
+            gap = times[0] - flight.last_token_at
+            report.gaps.add(gap)
+            flight.longest_gap = max(flight.longest_gap, gap, longest)
+            flight.last_token_at = last
 
     def finished(self, flight: Flight) -> None:
         """The last token was sent."""
+        self.stage(flight, "gateway", "client_last", flight.last_token_at)
         self._router.release(flight.request.request_id)
         gaps = flight.request.sampling.max_tokens - 1
         lasted = flight.last_token_at - flight.first_token_at

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import OverloadedError
 from tandem.core.sequence import IterationPlan, Sequence
+from tandem.router.lending import PromptWork, WorkerLoad, load_of
 from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.iterations import IterationLoop
 from tandem.simulator.links import Links
-from tandem.simulator.timeline import Recorder
+from tandem.timeline.events import Timeline, Transfer
 
 if TYPE_CHECKING:
     from tandem.simulator.decode import SimulatedDecode
@@ -24,6 +25,8 @@ _ITERATIONS_OFFERED_AHEAD = 2
 class SimulatedPrefill:
     """The counterpart of `tandem.prefill.worker.PrefillWorker`."""
 
+    decodes = False
+
     def __init__(
         self,
         loop: IterationLoop,
@@ -31,7 +34,7 @@ class SimulatedPrefill:
         clock: Clock,
         links: Links,
         rpc_seconds: float,
-        recorder: Recorder | None,
+        recorder: Timeline | None,
     ) -> None:
         self.name = loop.name
         self._loop = loop
@@ -44,12 +47,27 @@ class SimulatedPrefill:
         self._queued: dict[SimulatedDecode, dict[Sequence, None]] = defaultdict(dict)
         self._ahead: dict[SimulatedDecode, int] = defaultdict(int)
         """Tokens offered to each decode worker and not started."""
+        self._pending: dict[SimulatedDecode, PromptWork] = defaultdict(PromptWork)
+        """What is left to compute for each decode worker."""
+        self._handovers: list[tuple[Flight, SimulatedLeg]] = []
+        """Kept legs that were granted in an iteration."""
+        self._cuts: list[tuple[Flight, SimulatedLeg]] = []
+
+    def load(self, asker: SimulatedDecode) -> WorkerLoad | None:
+        """What it says of itself to a decode worker; None: it has not computed enough to know."""
+        if not self._loop.scheduler.costs.trusted:
+            return None
+        others = [work for decode, work in self._pending.items() if decode is not asker]
+        tokens, attended = (sum(each) for each in zip(*others, strict=True)) if others else (0, 0)
+        credit = self._clock.now - self._loop.began if self._loop.is_busy else 0.0
+        return load_of(self._loop.scheduler, PromptWork(tokens, attended), credit)
 
     # ------------------------------------------------------------------ what decode workers say
 
     def prefill(self, flight: Flight, leg: SimulatedLeg, granted: bool) -> None:
         """Take a leg."""
         leg.sequence.arrived_at = self._clock.now
+        self._count(flight, leg.held_tokens if granted else 0, leg.num_tokens, 1)
         self._by_sequence[leg.sequence] = flight, leg
         if granted:
             self._ahead[flight.decode] += leg.num_tokens
@@ -60,6 +78,12 @@ class SimulatedPrefill:
 
     def grant(self, flight: Flight, leg: SimulatedLeg) -> None:
         """The decode worker has reserved blocks."""
+        if leg.is_kept:
+            self._handovers.append((flight, leg))
+            if not self._loop.is_busy:
+                self._hand_over_now()
+                self._loop.wake()
+            return
         leg.sequence.remote = leg.held_tokens > 0
         try:
             self._loop.scheduler.add(leg.sequence)
@@ -69,10 +93,86 @@ class SimulatedPrefill:
             return
         self._loop.wake()
 
+    def keep(self, flight: Flight, leg: SimulatedLeg) -> None:
+        """The decode worker has no blocks: decode a leg here for now."""
+        if leg.sequence not in self._by_sequence:
+            leg.sequence.arrived_at = self._clock.now
+            self._count(flight, 0, leg.num_tokens, 1)
+            self._by_sequence[leg.sequence] = flight, leg
+            self._ahead[flight.decode] += leg.num_tokens
+        self._loop.scheduler.add(leg.sequence)
+        self._loop.wake()
+
+    def _hand_over_now(self) -> None:
+        """Send the KV of kept legs; those that have a token go on at their decode worker."""
+        for flight, leg in self._handovers:
+            sequence = leg.sequence
+            if sequence not in self._by_sequence:
+                continue  # it ended here
+            leg.is_kept = False
+            if sequence.phase == "waiting":
+                sequence.remote = leg.held_tokens > 0
+                continue
+            computed = min(sequence.num_computed, leg.reserved_tokens)
+            missing = max(0, computed - leg.held_tokens)
+            now, receiver = self._clock.now, flight.decode.name
+            leg.landed_at = self._links.send(self.name, receiver, missing, now)
+            if sequence.num_tokens > leg.num_tokens:
+                self._loop.scheduler.finish(sequence, None)
+                del self._by_sequence[sequence]
+                arrival = max(leg.landed_at, now + self._rpc_seconds)
+                self._clock.at(arrival, flight.decode.was_cut, flight, leg, computed)
+        self._handovers.clear()
+
+    def _kept_token(self, flight: Flight, leg: SimulatedLeg) -> None:
+        sequence = leg.sequence
+        self._loop.scheduler.append(sequence, 0)
+        self._clock.after(self._rpc_seconds, flight.decode.kept_token, flight, leg)
+        if sequence.num_tokens >= flight.request.max_len:
+            self._loop.scheduler.finish(sequence, None)
+            del self._by_sequence[sequence]
+
     def cancel(self, flight: Flight, leg: SimulatedLeg) -> None:
-        """Drop a leg that was offered and has not started."""
-        del self._by_sequence[leg.sequence]
-        self._ahead[flight.decode] -= leg.num_tokens
+        """Drop a leg that has not been granted; another can be offered in its place."""
+        self._forget(flight, leg)
+        self._loop.wake()
+
+    def cut(self, flight: Flight, leg: SimulatedLeg) -> None:
+        """Stop a granted leg at the end of the chunk under way."""
+        if leg.sequence in self._by_sequence:
+            leg.was_cut = True
+            self._cuts.append((flight, leg))
+            if not self._loop.is_busy:
+                self._cut_now()
+                self._loop.wake()
+
+    def _cut_now(self) -> None:
+        for flight, leg in self._cuts:
+            if leg.sequence in self._by_sequence:
+                computed = max(leg.sequence.num_computed, leg.held_tokens)
+                self._forget(flight, leg)
+                arrival = max(leg.landed_at, self._clock.now + self._rpc_seconds)
+                self._clock.at(arrival, flight.decode.was_cut, flight, leg, computed)
+        self._cuts.clear()
+
+    def _forget(self, flight: Flight, leg: SimulatedLeg) -> None:
+        """A leg is over before its end."""
+        sequence = leg.sequence
+        self._count(flight, max(leg.done, leg.held_tokens), leg.num_tokens, -1)
+        if sequence in self._queued[flight.decode]:
+            del self._queued[flight.decode][sequence]
+        elif sequence.phase == "waiting":
+            self._ahead[flight.decode] -= leg.num_tokens
+        self._loop.scheduler.finish(sequence, None)
+        del self._by_sequence[sequence]
+
+    def _count(self, flight: Flight, start: int, end: int, sign: int) -> None:
+        """Add to, or take from, what is left to compute for a decode worker."""
+        tokens, attended = PromptWork().plus(start, end)
+        before = self._pending[flight.decode]
+        self._pending[flight.decode] = PromptWork(
+            before.tokens + sign * tokens, before.attended + sign * attended
+        )
 
     # ------------------------------------------------------------------ around an iteration
 
@@ -89,7 +189,7 @@ class SimulatedPrefill:
                 flight, leg = self._by_sequence[sequence]
                 self._ahead[decode] += leg.num_tokens
                 del queued[sequence]
-                self._clock.after(self._rpc_seconds, decode.offered, flight)
+                self._clock.after(self._rpc_seconds, decode.offered, flight, leg)
 
     def admitted(self, sequence: Sequence) -> None:
         """Blocks are reserved: fetch what the decode worker has, send what is cached here."""
@@ -97,6 +197,8 @@ class SimulatedPrefill:
             return
         flight, leg = self._by_sequence[sequence]
         self._ahead[flight.decode] -= leg.num_tokens
+        if leg.is_kept:
+            return
         cached, held, now = sequence.num_computed, leg.held_tokens, self._clock.now
         if cached < held:
             arrival = self._links.send(flight.decode.name, self.name, held - cached, now)
@@ -111,13 +213,21 @@ class SimulatedPrefill:
         self.admitted(sequence)
 
     def preempted(self, sequence: Sequence) -> None:
-        """Never: all blocks of a prompt are reserved when it is admitted."""
-        raise AssertionError(f"{sequence.request.request_id} was preempted while prefilling")
+        """A kept request has outgrown the blocks: its leg, or another, is started again."""
+        flight, leg = self._by_sequence[sequence]
+        self._forget(flight, leg)
+        self._clock.after(self._rpc_seconds, flight.decode.prefill_failed, flight)
 
     def computed(self, plan: IterationPlan, began: float) -> None:
         now = self._clock.now
         for chunk in plan.chunks:
             flight, leg = self._by_sequence[chunk.sequence]
+            end = min(chunk.end, leg.num_tokens)
+            self._count(flight, max(chunk.start, leg.held_tokens), end, -1)
+            leg.done = end
+            if leg.is_kept:
+                continue
+            self._clock.after(self._rpc_seconds, flight.decode.progressed, leg, chunk.end)
             num_tokens = chunk.end - max(chunk.start, leg.held_tokens)
             if num_tokens <= 0:
                 continue
@@ -127,16 +237,35 @@ class SimulatedPrefill:
             )
             if self._recorder is not None:
                 name = flight.request.request_id
-                self._recorder.transfer(self.name, receiver, name, first, leg.landed_at)
+                span = (first, leg.landed_at, max(chunk.start, leg.held_tokens), num_tokens)
+                self._recorder.transfer(Transfer(self.name, receiver, name, *span))
+
+    def planned(self) -> None:
+        """What waits here waits for its turn."""
+
+    def ended(self) -> None:
+        """The iteration is over, its samples are handed out."""
+        self._cut_now()
+        self._hand_over_now()
 
     def sampled(self, sequence: Sequence) -> None:
         """The last chunk is computed: the first token goes, and the leg is over here."""
-        flight, leg = self._by_sequence.pop(sequence)
+        flight, leg = self._by_sequence[sequence]
+        if leg.is_kept:
+            self._kept_token(flight, leg)
+            return
+        del self._by_sequence[sequence]
         self._loop.scheduler.finish(sequence, None)
         self._clock.after(self._rpc_seconds, flight.decode.first_token, flight, leg)
         self._clock.at(leg.landed_at, flight.decode.landed, flight, leg)
 
+    def repeated(self, plan: IterationPlan, ends: list[float]) -> None:
+        """Never: a sequence leaves with its first token."""
+        raise AssertionError("a prefill worker decoded")
+
     def _fetched(self, sequence: Sequence, held: int) -> None:
+        if sequence.phase != "receiving":
+            return  # the leg was cut meanwhile
         self._loop.scheduler.landed(sequence, held)
         self._loop.scheduler.fall_back(sequence)
         self._loop.wake()

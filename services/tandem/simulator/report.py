@@ -20,11 +20,16 @@ class Histogram:
         self._bins: Counter[int] = Counter()
         self._most = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count one duration above 0."""
-        self._bins[int(math.log(seconds) // _BIN)] += 1
+    def add(self, seconds: float, count: int = 1) -> None:
+        """Count a duration above 0, so often."""
+        self._bins[int(math.log(seconds) // _BIN)] += count
         if seconds > self._most:
             self._most = seconds
+
+    @property
+    def num_added(self) -> int:
+        """Durations counted."""
+        return self._bins.total()
 
     def percentile(self, percent: float) -> float:
         """Return the duration that `percent` of them do not exceed, to one per cent."""
@@ -48,10 +53,10 @@ class PoolUse:
     used_block_seconds: float = 0.0
     most_used: float = 0.0
 
-    def count(self, pool: BlockPool, tokens: int, seconds: float) -> None:
-        """Count an iteration of one of them."""
+    def count(self, pool: BlockPool, tokens: int, seconds: float, iterations: int) -> None:
+        """Count iterations of one of them: their tokens and seconds, all together."""
         self.busy_seconds += seconds
-        self.iterations += 1
+        self.iterations += iterations
         self.tokens += tokens
         used = pool.num_used / pool.num_blocks
         self.used_block_seconds += used * seconds
@@ -81,7 +86,13 @@ class Report:
     refusals: Counter[str] = field(default_factory=Counter)
     num_finished: int = 0
     num_good: int = 0
+    missed: Counter[str] = field(default_factory=Counter)
+    """Requests that missed each objective."""
     num_preemptions: int = 0
+    kept_tokens: int = 0
+    """Tokens that prefill workers sampled while decode workers had no blocks."""
+    lent_tokens: int = 0
+    """Prompt tokens that decode workers computed for the prefill pool."""
     output_tokens: int = 0
     seconds: float = 0.0
     """From the first arrival to the last token."""
@@ -94,7 +105,9 @@ class Report:
         """Count a request that got all its tokens; TPOT is None if there was only one."""
         self.num_finished += 1
         measured = {"ttft": ttft, "tpot": tpot or 0.0, "itl": longest_gap}
-        self.num_good += all(measured[name] <= bound for name, bound in self.slo.items())
+        missed = [name for name, bound in self.slo.items() if measured[name] > bound]
+        self.num_good += not missed
+        self.missed.update(missed)
         if tpot is not None:
             self.tpots.append(tpot)
             self.longest_gaps.append(longest_gap)
@@ -117,9 +130,12 @@ class Report:
             "longest_gap": percentiles(self.longest_gaps),
             "slo": dict(self.slo),
             "slo_met": self.num_good / max(self.num_finished + self.refusals.total(), 1),
+            "missed": dict(self.missed),
             "goodput": self.num_good / seconds,
             "output_tokens_per_second": self.output_tokens / seconds,
             "preemptions": self.num_preemptions,
+            "lent_tokens": self.lent_tokens,
+            "kept_tokens": self.kept_tokens,
             "pools": {role: use.summary(seconds) for role, use in self.pools.items()},
             "link_busy": self.link_busy,
             "kv_bytes": self.kv_bytes,

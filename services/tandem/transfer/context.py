@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from tandem.core.config import TransferConfig
+from tandem.tracing.buffer import TraceBuffer
 from tandem.transfer.budget import LinkBudget
 from tandem.transfer.group import LinkGroup, Rendezvous, connect_store, meet, open_group
 from tandem.transfer.spec import Backend
@@ -77,6 +78,7 @@ class LinkContext:
     rendezvous: Rendezvous
     counters: TransferCounters
     peer_name: str
+    trace: TraceBuffer
     log: Any = None
 
     def make_group(
@@ -115,6 +117,7 @@ class LinkContext:
         peer_name: str,
         budget: LinkBudget,
         rendezvous: Rendezvous,
+        trace: TraceBuffer,
     ) -> LinkContext:
         """Bind logs and guard the callbacks."""
         log = structlog.get_logger().bind(peer=peer_name)
@@ -129,6 +132,7 @@ class LinkContext:
             rendezvous=rendezvous,
             counters=TransferCounters(),
             peer_name=peer_name,
+            trace=trace,
             log=log,
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tandem.tracing.buffer import PieceRef
 from tandem.transfer.receive_ledger import PieceRange
 from tandem.transfer.send_ledger import Outgoing
+from tandem.transfer.types import Piece
 from tandem.v1 import worker_pb2
 
 LinkMessage = worker_pb2.LinkMessage
@@ -33,6 +35,20 @@ def piece_range(announce: worker_pb2.LinkAnnounce) -> PieceRange:
         announce.num_layers,
         announce.start,
         announce.num_tokens,
+    )
+
+
+def ref(piece: Piece) -> PieceRef:
+    """A piece's name in a trace."""
+    return PieceRef(
+        piece.leg_id, piece.start, len(piece.slots), piece.first_layer, piece.num_layers
+    )
+
+
+def ref_of_range(piece: PieceRange) -> PieceRef:
+    """The same name, at the other end."""
+    return PieceRef(
+        piece.leg_id, piece.start, piece.num_tokens, piece.first_layer, piece.num_layers
     )
 
 

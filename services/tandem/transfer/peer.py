@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from tandem.core.config import TransferConfig
+from tandem.tracing.buffer import TraceBuffer
 from tandem.transfer.budget import LinkBudget
 from tandem.transfer.context import LinkContext
 from tandem.transfer.group import Rendezvous
@@ -68,11 +69,13 @@ class PeerTransfer:
         peer_name: str,
         budget: LinkBudget,
         rendezvous: Rendezvous,
+        trace: TraceBuffer | None = None,
     ) -> None:
-        """`budget` and `rendezvous` are shared by all peers of a worker."""
+        """`budget`, `rendezvous` and `trace` are shared by all peers of a worker."""
         context = LinkContext.make(
-            storage, spec, config, send_control, events, peer_name, budget, rendezvous
-        )
+            storage, spec, config, send_control, events, peer_name, budget, rendezvous,
+            trace or TraceBuffer(peer_name),
+        )  # fmt: skip
         self.peer_name = peer_name
         self._context = context
         self._sends = SendLink(context)

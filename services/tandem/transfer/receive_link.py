@@ -44,7 +44,7 @@ class ReceiveLink:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._buffer = PieceBuffer(context.blocks, context.spec)
+        self._buffer = PieceBuffer(context.blocks)
         self._ledger = ReceiveLedger(context.spec.num_layers)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -216,6 +216,7 @@ class ReceiveLink:
                 return False
             self._buffer.unpack(piece.first_layer, piece.num_layers, target.slots, target.written)
             landed = True
+            self._context.trace.landed(self._context.peer_name, messages.ref_of_range(piece))
             self._context.events.piece_landed(*piece, seconds, nbytes)
         except Exception as error:
             reason = f"KV could not be scattered: {error}"

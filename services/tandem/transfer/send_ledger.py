@@ -65,6 +65,11 @@ class SendLedger:
         return bool(self._queue)
 
     @property
+    def first_queued(self) -> Piece:
+        """The piece that `begin` would take; there must be one."""
+        return self._queue[0]
+
+    @property
     def has_in_flight(self) -> bool:
         return bool(self._in_flight)
 

@@ -16,8 +16,8 @@ from tandem.core.errors import PeerMismatchError
 from tandem.transfer import messages
 from tandem.transfer.context import LinkContext, ended
 from tandem.transfer.group import LinkError, LinkGroup
+from tandem.transfer.packer import Packed, Packer
 from tandem.transfer.send_ledger import Outgoing, SendLedger
-from tandem.transfer.staging import PieceBuffer
 from tandem.transfer.types import Piece
 from tandem.v1 import worker_pb2
 
@@ -47,7 +47,7 @@ class SendLink:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._buffer = PieceBuffer(context.blocks, context.spec)
+        self._packer = Packer(context)
         self._ledger = SendLedger()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -167,8 +167,7 @@ class SendLink:
         try:
             group = self._open()
             context.log.info("link opened", epoch=self._epoch, direction="send")
-            while outgoing := self._next_piece():
-                self._send_piece(outgoing, group)
+            self._send_pieces(group)
             self._control(messages.closed())
             context.log.info("link evicted", epoch=self._epoch)
         finally:
@@ -200,7 +199,7 @@ class SendLink:
             self._group = group
             self._check_alive()
             self._progress_at = time.monotonic()
-        group.send(self._buffer.probe(), context.config.connect_timeout)
+        group.send(self._packer.probe(), context.config.connect_timeout)
         return group
 
     def _await_answer(self) -> None:
@@ -237,17 +236,45 @@ class SendLink:
                     raise LinkError(f"no piece was acknowledged for {patience:g} s")
                 self._changed.wait(left)
 
-    def _send_piece(self, outgoing: Outgoing, group: LinkGroup) -> None:
+    def _send_pieces(self, group: LinkGroup) -> None:
+        """Send until asked to give way.
+
+        The piece after the one on the wire is packed and announced ahead, if it is there: its
+        announcement travels meanwhile, so that the peer waits for the first of a row only.
+        """
+        ahead: Packed | None = None
+        while True:
+            if (packed := ahead) is None:
+                outgoing = self._next_piece()
+                if outgoing is None:
+                    return
+                packed = self._pack(outgoing)
+            following = self._piece_ahead()
+            ahead = self._pack(following) if following is not None else None
+            if packed is not None:
+                self._packer.send(packed, group)
+
+    def _piece_ahead(self) -> Outgoing | None:
+        """The next piece if it can be packed without waiting for anything."""
+        with self._changed:
+            self._check_alive()
+            if self._give_way or not self._ledger.has_queued:
+                return None
+            ready = self._ledger.first_queued.ready
+            if ready is not None and not ready.query():  # type: ignore[no-untyped-call]
+                return None
+            return self._ledger.begin()
+
+    def _pack(self, outgoing: Outgoing) -> Packed | None:
+        """Pack and announce a piece. None: it could not be packed, and its leg fails."""
         try:
-            wire = self._buffer.pack(outgoing.piece)
+            packed = self._packer.pack(outgoing.piece)
         except Exception as error:
             self._abandon(error)
-            return
+            return None
         self._update(self._ledger.end_read)
         self._control(messages.announcement(outgoing))
-        started = time.monotonic()
-        group.send(wire, self._context.config.transfer_timeout)
-        self._context.counters.sent(wire.numel(), time.monotonic() - started)
+        return packed
 
     def _abandon(self, error: Exception) -> None:
         """A piece could not be packed: its leg fails, the link goes on."""

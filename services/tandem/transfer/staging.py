@@ -12,7 +12,6 @@ from math import prod
 import torch
 
 from tandem.transfer.types import KVBlocks, Piece
-from tandem.v1 import worker_pb2
 
 
 class PieceBuffer:
@@ -22,10 +21,10 @@ class PieceBuffer:
     complete when the method returns. A returned tensor is valid until the next call.
     """
 
-    def __init__(self, blocks: KVBlocks, spec: worker_pb2.KVSpec) -> None:
+    def __init__(self, blocks: KVBlocks) -> None:
         self._blocks = blocks
         self._device = blocks.kv.device
-        self._tail = (spec.num_kv_heads, spec.head_dim)
+        self._tail = tuple(blocks.kv.shape[-2:])  # of the heads that this link carries
         self._bytes = torch.empty(1, dtype=torch.uint8, device=self._device)
         self._shape: tuple[int, ...] = (0,)
         self._stream = (

@@ -70,15 +70,19 @@ class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    TRACING_PORT_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
+    tracing_port: _builtins.int
+    """where it serves `Tracing`; 0: nowhere"""
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
+        tracing_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "tracing_port", b"tracing_port"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -270,6 +274,9 @@ class WorkerStatus(_message.Message):
     MODEL_INFO_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    LENT_REQUESTS_FIELD_NUMBER: _builtins.int
+    LENT_TOKENS_FIELD_NUMBER: _builtins.int
     KV_CAPACITY_FIELD_NUMBER: _builtins.int
     HOST_BLOCKS_USED_FIELD_NUMBER: _builtins.int
     HOST_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
@@ -303,6 +310,11 @@ class WorkerStatus(_message.Message):
     """that its scheduler follows"""
     kernels: _builtins.str
     """implementation that its forward passes run on"""
+    tensor_parallel: _builtins.int
+    """its ranks"""
+    lent_requests: _builtins.int
+    """served with its slack for the other pool"""
+    lent_tokens: _builtins.int
     kv_capacity: _builtins.str
     """blocks, tokens, bytes, and what they were derived from"""
     host_blocks_used: _builtins.int
@@ -346,6 +358,9 @@ class WorkerStatus(_message.Message):
         model_info: Global___ModelInfo | None = ...,
         policy: _builtins.str = ...,
         kernels: _builtins.str = ...,
+        tensor_parallel: _builtins.int = ...,
+        lent_requests: _builtins.int = ...,
+        lent_tokens: _builtins.int = ...,
         kv_capacity: _builtins.str = ...,
         host_blocks_used: _builtins.int = ...,
         host_blocks_cached: _builtins.int = ...,
@@ -355,7 +370,7 @@ class WorkerStatus(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model_info", b"model_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "host_blocks_cached", b"host_blocks_cached", "host_blocks_copied", b"host_blocks_copied", "host_blocks_total", b"host_blocks_total", "host_blocks_used", b"host_blocks_used", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "kv_capacity", b"kv_capacity", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "preemptions", b"preemptions", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "host_blocks_cached", b"host_blocks_cached", "host_blocks_copied", b"host_blocks_copied", "host_blocks_total", b"host_blocks_total", "host_blocks_used", b"host_blocks_used", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "kv_capacity", b"kv_capacity", "lent_requests", b"lent_requests", "lent_tokens", b"lent_tokens", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "preemptions", b"preemptions", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,11 +384,14 @@ class ClusterStatus(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     DASHBOARD_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
     membership_version: _builtins.int
     model: _builtins.str
     dashboard: _builtins.str
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
+    @_builtins.property
+    def gateways(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayStatus]: ...
     def __init__(
         self,
         *,
@@ -381,11 +399,37 @@ class ClusterStatus(_message.Message):
         model: _builtins.str = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
         dashboard: _builtins.str = ...,
+        gateways: _abc.Iterable[Global___GatewayStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard", "membership_version", b"membership_version", "model", b"model", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard", b"dashboard", "gateways", b"gateways", "membership_version", b"membership_version", "model", b"model", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class GatewayStatus(_message.Message):
+    """A gateway that watches the membership now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    TRACING_ADDRESS_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    tracing_address: _builtins.str
+    """host:port; empty: it serves none"""
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        tracing_address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "tracing_address", b"tracing_address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatewayStatus: _TypeAlias = GatewayStatus  # noqa: Y015

@@ -598,6 +598,8 @@ class DecodeToPrefill(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___PeerHello:
         """first, exactly once"""
@@ -612,6 +614,10 @@ class DecodeToPrefill(_message.Message):
     def link(self) -> Global___LinkMessage: ...
     @_builtins.property
     def heartbeat(self) -> Global___PeerHeartbeat: ...
+    @_builtins.property
+    def cut(self) -> Global___CutPrefill: ...
+    @_builtins.property
+    def keep(self) -> Global___KeepPrefill: ...
     def __init__(
         self,
         *,
@@ -621,12 +627,14 @@ class DecodeToPrefill(_message.Message):
         cancel: Global___CancelPrefill | None = ...,
         link: Global___LinkMessage | None = ...,
         heartbeat: Global___PeerHeartbeat | None = ...,
+        cut: Global___CutPrefill | None = ...,
+        keep: Global___KeepPrefill | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "grant", b"grant", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "link", b"link", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "cut", b"cut", "grant", b"grant", "heartbeat", b"heartbeat", "hello", b"hello", "keep", b"keep", "kind", b"kind", "link", b"link", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "grant", b"grant", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "link", b"link", "prefill", b"prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "cut", b"cut", "grant", b"grant", "heartbeat", b"heartbeat", "hello", b"hello", "keep", b"keep", "kind", b"kind", "link", b"link", "prefill", b"prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "prefill", "grant", "cancel", "link", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "prefill", "grant", "cancel", "link", "heartbeat", "cut", "keep"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -644,6 +652,9 @@ class PrefillToDecode(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___PeerHello:
         """first, exactly once"""
@@ -662,6 +673,12 @@ class PrefillToDecode(_message.Message):
     def link(self) -> Global___LinkMessage: ...
     @_builtins.property
     def heartbeat(self) -> Global___PeerHeartbeat: ...
+    @_builtins.property
+    def load(self) -> Global___WorkerLoad: ...
+    @_builtins.property
+    def cut(self) -> Global___PrefillCut: ...
+    @_builtins.property
+    def kept(self) -> Global___KeptToken: ...
     def __init__(
         self,
         *,
@@ -673,12 +690,15 @@ class PrefillToDecode(_message.Message):
         failed: Global___PrefillFailed | None = ...,
         link: Global___LinkMessage | None = ...,
         heartbeat: Global___PeerHeartbeat | None = ...,
+        load: Global___WorkerLoad | None = ...,
+        cut: Global___PrefillCut | None = ...,
+        kept: Global___KeptToken | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "done", b"done", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "link", b"link", "offer", b"offer", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "cut", b"cut", "done", b"done", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "kept", b"kept", "kind", b"kind", "link", b"link", "load", b"load", "offer", b"offer", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "done", b"done", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "link", b"link", "offer", b"offer", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "cut", b"cut", "done", b"done", "failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "kept", b"kept", "kind", b"kind", "link", b"link", "load", b"load", "offer", b"offer", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "offer", "started", "chunk", "done", "failed", "link", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "offer", "started", "chunk", "done", "failed", "link", "heartbeat", "load", "cut", "kept"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -700,6 +720,7 @@ class KVSpec(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.str
     """digest of config and weights"""
@@ -712,6 +733,10 @@ class KVSpec(_message.Message):
     protocol_version: _builtins.int
     backend: _builtins.str
     """gloo or nccl"""
+    tensor_parallel: _builtins.int
+    """Ranks of the worker; the only field that may differ. Each holds num_kv_heads / tensor_parallel
+    heads, or one that several share; both sides derive from it which rank sends which heads.
+    """
     def __init__(
         self,
         *,
@@ -725,10 +750,11 @@ class KVSpec(_message.Message):
         block_size: _builtins.int = ...,
         protocol_version: _builtins.int = ...,
         backend: _builtins.str = ...,
+        tensor_parallel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "layout", b"layout", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol_version", b"protocol_version", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "layout", b"layout", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol_version", b"protocol_version", "revision", b"revision", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -784,6 +810,7 @@ class PrefillRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     TTFT_OBJECTIVE_FIELD_NUMBER: _builtins.int
     ITL_OBJECTIVE_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     leg_id: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
@@ -795,6 +822,8 @@ class PrefillRequest(_message.Message):
     """seconds; 0: as configured"""
     itl_objective: _builtins.float
     """seconds; 0: as configured"""
+    keep: _builtins.bool
+    """no blocks for it now: see KeepPrefill"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """prompt and tokens emitted so far: all get KV"""
@@ -820,10 +849,11 @@ class PrefillRequest(_message.Message):
         tenant: _builtins.str = ...,
         ttft_objective: _builtins.float = ...,
         itl_objective: _builtins.float = ...,
+        keep: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "grant", b"grant", "itl_objective", b"itl_objective", "leg_id", b"leg_id", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "ttft_objective", b"ttft_objective"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "grant", b"grant", "itl_objective", b"itl_objective", "keep", b"keep", "leg_id", b"leg_id", "priority", b"priority", "prompt_len", b"prompt_len", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "ttft_objective", b"ttft_objective"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -858,17 +888,21 @@ class Grant(_message.Message):
 
     LEG_ID_FIELD_NUMBER: _builtins.int
     HELD_TOKENS_FIELD_NUMBER: _builtins.int
+    RESERVED_TOKENS_FIELD_NUMBER: _builtins.int
     leg_id: _builtins.int
     held_tokens: _builtins.int
+    reserved_tokens: _builtins.int
+    """of a kept leg: KV of so many tokens has its place"""
     def __init__(
         self,
         *,
         leg_id: _builtins.int = ...,
         held_tokens: _builtins.int = ...,
+        reserved_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_tokens", b"held_tokens", "leg_id", b"leg_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_tokens", b"held_tokens", "leg_id", b"leg_id", "reserved_tokens", b"reserved_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1009,6 +1043,197 @@ class CancelPrefill(_message.Message):
 Global___CancelPrefill: _TypeAlias = CancelPrefill  # noqa: Y015
 
 @_typing.final
+class CutPrefill(_message.Message):
+    """The decode worker computes the rest of this leg: stop at the end of the chunk under way, send what
+    is computed, and answer with PrefillCut. Of no effect once the leg is done.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_ID_FIELD_NUMBER: _builtins.int
+    leg_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        leg_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CutPrefill: _TypeAlias = CutPrefill  # noqa: Y015
+
+@_typing.final
+class PrefillCut(_message.Message):
+    """The leg has ended early, as asked or because a kept one was granted; KV of its first `num_tokens`
+    tokens has been sent or was held.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_ID_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    leg_id: _builtins.int
+    num_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        leg_id: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillCut: _TypeAlias = PrefillCut  # noqa: Y015
+
+@_typing.final
+class KeepPrefill(_message.Message):
+    """The decode worker has no blocks for this leg now: compute it and go on decoding, sending tokens
+    (KeptToken), until a Grant comes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_ID_FIELD_NUMBER: _builtins.int
+    leg_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        leg_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepPrefill: _TypeAlias = KeepPrefill  # noqa: Y015
+
+@_typing.final
+class KeptToken(_message.Message):
+    """A token that a prefill worker sampled for a request that it keeps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_ID_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    leg_id: _builtins.int
+    position: _builtins.int
+    """of the token, counted from the start of the prompt"""
+    token_id: _builtins.int
+    @_builtins.property
+    def logprobs(self) -> _inference_pb2.PositionLogprobs: ...
+    def __init__(
+        self,
+        *,
+        leg_id: _builtins.int = ...,
+        position: _builtins.int = ...,
+        token_id: _builtins.int = ...,
+        logprobs: _inference_pb2.PositionLogprobs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id", "logprobs", b"logprobs", "position", b"position", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeptToken: _TypeAlias = KeptToken  # noqa: Y015
+
+@_typing.final
+class IterationCosts(_message.Message):
+    """Seconds per unit of work in an iteration, as a worker has measured them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIXED_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    ATTENDED_FIELD_NUMBER: _builtins.int
+    fixed: _builtins.float
+    prompt_token: _builtins.float
+    decode: _builtins.float
+    """per sequence"""
+    context: _builtins.float
+    """per token of KV that decode steps read"""
+    attended: _builtins.float
+    """per pair of a prompt token and an earlier one"""
+    def __init__(
+        self,
+        *,
+        fixed: _builtins.float = ...,
+        prompt_token: _builtins.float = ...,
+        decode: _builtins.float = ...,
+        context: _builtins.float = ...,
+        attended: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attended", b"attended", "context", b"context", "decode", b"decode", "fixed", b"fixed", "prompt_token", b"prompt_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IterationCosts: _TypeAlias = IterationCosts  # noqa: Y015
+
+@_typing.final
+class WorkerLoad(_message.Message):
+    """What a prefill worker is busy with, as one decode worker is told: its own legs are not counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COSTS_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    DECODES_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUED_ATTENDED_FIELD_NUMBER: _builtins.int
+    FREE_BLOCKS_FIELD_NUMBER: _builtins.int
+    LONGEST_ITERATION_FIELD_NUMBER: _builtins.int
+    budget: _builtins.int
+    """most tokens of one iteration"""
+    decodes: _builtins.int
+    """sequences that decode there"""
+    context: _builtins.int
+    """tokens whose KV they read in every step"""
+    queued_tokens: _builtins.int
+    """prompt tokens of other decode workers' legs"""
+    queued_attended: _builtins.int
+    """(token, earlier token) pairs in them"""
+    free_blocks: _builtins.int
+    longest_iteration: _builtins.float
+    """seconds that an iteration may take; 0: no bound"""
+    @_builtins.property
+    def costs(self) -> Global___IterationCosts:
+        """absent: not measured yet"""
+
+    def __init__(
+        self,
+        *,
+        costs: Global___IterationCosts | None = ...,
+        budget: _builtins.int = ...,
+        decodes: _builtins.int = ...,
+        context: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+        queued_attended: _builtins.int = ...,
+        free_blocks: _builtins.int = ...,
+        longest_iteration: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "context", b"context", "costs", b"costs", "decodes", b"decodes", "free_blocks", b"free_blocks", "longest_iteration", b"longest_iteration", "queued_attended", b"queued_attended", "queued_tokens", b"queued_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
+
+@_typing.final
 class PeerHeartbeat(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1036,7 +1261,8 @@ Global___PeerHeartbeat: _TypeAlias = PeerHeartbeat  # noqa: Y015
 @_typing.final
 class LinkMessage(_message.Message):
     """Control messages of the KV links between two workers. A link is one-way, from the worker that
-    opens it; both directions may exist, each with epochs of its own.
+    opens it; both directions may exist, each with epochs of its own. Workers of several ranks have a
+    pair of links between every two ranks that hold a head in common.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1049,10 +1275,16 @@ class LinkMessage(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     BROKEN_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    FROM_RANK_FIELD_NUMBER: _builtins.int
+    TO_RANK_FIELD_NUMBER: _builtins.int
     to_opener: _builtins.bool
     """true: sent by the link's receiver to its sender"""
     epoch: _builtins.int
     """a message of another epoch is stale"""
+    from_rank: _builtins.int
+    """in the worker that sends the message"""
+    to_rank: _builtins.int
+    """in the worker that it is for"""
     @_builtins.property
     def open(self) -> Global___LinkOpen:
         """sender -> receiver"""
@@ -1088,10 +1320,12 @@ class LinkMessage(_message.Message):
         ack: Global___LinkAck | None = ...,
         broken: Global___LinkBroken | None = ...,
         closed: Global___LinkClosed | None = ...,
+        from_rank: _builtins.int = ...,
+        to_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "kind", b"kind", "open", b"open", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "epoch", b"epoch", "kind", b"kind", "open", b"open", "opened", b"opened", "to_opener", b"to_opener"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "epoch", b"epoch", "from_rank", b"from_rank", "kind", b"kind", "open", b"open", "opened", b"opened", "to_opener", b"to_opener", "to_rank", b"to_rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "announce", "ack", "broken", "closed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

@@ -40,12 +40,13 @@ def request_to_prefill(
     leg_id: int,
     token_ids: Iterable[int] | None = None,
     held_tokens: int | None = None,
+    keep: bool = False,
 ) -> worker_pb2.PrefillRequest:
     """Return one leg of a request.
 
     `token_ids` are all tokens that get KV (the request's own if None: pass the sequence's when it
     has sampled since). `held_tokens` is set when the blocks are reserved already: the leg then
-    carries its grant.
+    carries its grant. `keep`: there are no blocks now, the prefill worker is to decode it itself.
     """
     grant = None
     if held_tokens is not None:
@@ -63,6 +64,7 @@ def request_to_prefill(
         ttft_objective=request.ttft_objective,
         itl_objective=request.itl_objective,
         grant=grant,
+        keep=keep,
     )
 
 

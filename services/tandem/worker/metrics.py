@@ -76,6 +76,19 @@ class WorkerMetrics:
         self.kept_tokens = self._counter(
             "tandem_worker_kept_tokens_total", "Tokens whose KV outlived their prefill worker."
         )
+        self.lent_requests = self._counter(
+            "tandem_worker_lent_requests_total",
+            "Requests served with this worker's slack for the other pool: prompts on a decode "
+            "worker, decoding on a prefill worker.",
+        )
+        self.lent_tokens = self._counter(
+            "tandem_worker_lent_tokens_total", "Tokens computed for such requests."
+        )
+        self.moves = self._counter(
+            "tandem_worker_moved_prompts_total",
+            "Prompts that went from one pool to the other, by direction: here, away.",
+            ("direction",),
+        )
         self.kv_bytes = self._counter("tandem_worker_kv_bytes_total", "KV bytes received.")
         self.running = self._gauge("tandem_worker_running_requests", "Sequences that hold blocks.")
         self.waiting = self._gauge("tandem_worker_waiting_requests", "Sequences in the queue.")
@@ -127,6 +140,9 @@ class WorkerMetrics:
 
     def count_request(self, outcome: str) -> None:
         self.requests.labels(*self._labels, outcome).inc()
+
+    def count_move(self, direction: str) -> None:
+        self.moves.labels(*self._labels, direction).inc()
 
     def count_recovery(self, cause: str) -> None:
         self.recoveries.labels(*self._labels, cause).inc()

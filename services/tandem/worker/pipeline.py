@@ -85,10 +85,10 @@ class Pipeline:
             scheduler.advance(plan)
             return
         now = time.monotonic()
-        seconds = now - max(iteration.launched_at, self._last_end)
+        began = max(iteration.launched_at, self._last_end)
         self._last_end = now
         scheduler.advance(plan)
-        self._runtime.account(plan, seconds)
+        self._runtime.account(plan, began, now)
         self._owner.computed(plan, output)
 
     def _fail(self, plan: IterationPlan, error: Exception) -> None:

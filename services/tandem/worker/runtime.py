@@ -21,19 +21,32 @@ from tandem.core.config import TandemConfig
 from tandem.core.errors import IntegrityError
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.engine.engine import Engine
-from tandem.engine.kv_capacity import Neighbours
+from tandem.engine.parallel.shard import check_degree
+from tandem.engine.spec import load_spec
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.host_tier import BlockCopy, make_host_tier
 from tandem.kvcache.prefix_journal import PrefixJournal
 from tandem.kvcache.storage import HostStorage
 from tandem.modelfiles import resolve_model, served_name
 from tandem.scheduler import PoolRole, Scheduler, make_policy, policy_name
-from tandem.transfer import LinkBudget, PeerTransfer, Rendezvous, TransferEvents, make_kv_spec
+from tandem.tracing.buffer import TraceBuffer
+from tandem.tracing.service import add_tracing
+from tandem.transfer import (
+    NO_OTHERS,
+    LinkBudget,
+    RankedTransfer,
+    RankLinks,
+    Rendezvous,
+    TransferEvents,
+    make_kv_spec,
+)
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
 from tandem.worker.host_copier import HostCopier
 from tandem.worker.metrics import WorkerMetrics
+from tandem.worker.ranks import RankAddress, WorkerRanks
+from tandem.worker.shares import default_threads, neighbours_of
 
 log = structlog.get_logger(__name__)
 
@@ -93,20 +106,37 @@ class WorkerRuntime:
         self.iterations = 0
         self.progress = 0
         """Grows with every iteration, and with those of prefill workers that work for this one."""
+        self.lent_requests = 0
+        self.lent_tokens = 0
         self.metrics = WorkerMetrics(name, role)
         self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
+        self.trace = TraceBuffer(name, config.tracing.max_events, always=config.tracing.always)
         self.link_budget = LinkBudget(config.transfer.max_links)
         self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
         self._progress = progress or (lambda stage, fraction: None)
         self._rate = _Rate()
+        self.tensor_parallel = config.tensor_parallel(role)
+        self._ranks: WorkerRanks | None = None
+        if self.tensor_parallel > 1:
+            self._ranks = WorkerRanks(name, self.tensor_parallel, config.worker)
+
+    @property
+    def rank_address(self) -> RankAddress | None:
+        """Where the other ranks join, from the start on; None for a worker of one rank."""
+        return None if self._ranks is None else self._ranks.address
 
     def load(self) -> None:
         """Load weights, make the KV blocks and warm up. Raises `ModelLoadError`, `ConfigError`."""
         config = self.config
         policy = make_policy(config.scheduler, self.role_name)
-        torch.set_num_threads(config.worker.threads or _default_threads(config))
+        torch.set_num_threads(config.worker.threads or default_threads(config))
         self.model_path = resolve_model(config.model.path)
+        decoder = load_spec(self.model_path, config.model, self.device).decoder
+        check_degree(f"{self.role_name}.tensor_parallel", decoder, self.tensor_parallel)
+        if self._ranks is not None:
+            self._progress("waiting for its other ranks", 0.0)
+            self._ranks.join(self.device)
         self.engine = Engine(
             self.model_path,
             config.model,
@@ -114,26 +144,23 @@ class WorkerRuntime:
             self.device,
             layers_per_group=config.transfer.layers_per_group,
             progress=self._progress,
-            neighbours=Neighbours(
-                _local_workers(config, self.device), config.scheduler.max_running
-            ),
+            neighbours=neighbours_of(config, self.device),
+            announcer=self._ranks,
         )
+        if self._ranks is not None:
+            self._ranks.await_loaded()
         self.pool = BlockPool(
             self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
         )
-        max_model_len = self.engine.spec.max_model_len
-        storage = self.engine.storage
+        spec, storage = self.engine.spec, self.engine.storage
         block_bytes = storage.bytes_per_token * config.cache.block_size
-        self.host_tier = make_host_tier(
-            config.cache, self.pool, block_bytes, swaps=self.role_name == "decode"
-        )
+        self.host_tier = None
+        if self.tensor_parallel == 1:  # other ranks hold heads that rank 0 cannot copy
+            self.host_tier = make_host_tier(
+                config.cache, self.pool, block_bytes, swaps=self.role_name == "decode"
+            )
         self.scheduler = Scheduler(
-            config.scheduler,
-            self.pool,
-            max_model_len,
-            policy,
-            self.host_tier,
-            block_bytes,
+            config.scheduler, self.pool, spec.max_model_len, policy, self.host_tier, block_bytes
         )
         in_host = None if self.host_tier is None else self.host_tier.pool
         self.journal = PrefixJournal(self.pool, in_host)
@@ -142,7 +169,9 @@ class WorkerRuntime:
             kv_in_host = HostStorage(storage, self.host_tier.pool.num_blocks)
             self._copier = HostCopier(self.name, kv_in_host, storage.device, self._post_copied)
         self.kv_spec = make_kv_spec(
-            self.model_name, self.engine.spec.revision, self.engine.storage, config.transfer
+            *(self.model_name, spec.revision, self.engine.storage, config.transfer),
+            num_kv_heads=spec.num_kv_heads,
+            tensor_parallel=self.tensor_parallel,
         )
         self._progress("warming up", 0.0)
         self.engine.warm_up()
@@ -167,6 +196,8 @@ class WorkerRuntime:
         """Drop what is in flight, end the streams, then the threads."""
         self.loop.post(self._role.drop_everything)
         self.loop.stop()
+        if self._ranks is not None:
+            self._ranks.stop()
         self.events.run(self._server.stop(grace=0.5), timeout=5.0)
         self.events.stop()
 
@@ -187,11 +218,12 @@ class WorkerRuntime:
         """Run one planned iteration and account for it."""
         began = time.monotonic()
         run()
-        self.account(plan, time.monotonic() - began)
+        self.account(plan, began, time.monotonic())
 
-    def account(self, plan: IterationPlan, seconds: float) -> None:
-        """Note that an iteration has ended, and how long it took."""
-        metrics = self.metrics
+    def account(self, plan: IterationPlan, began: float, ended: float) -> None:
+        """Note that an iteration has ended."""
+        seconds, metrics = ended - began, self.metrics
+        self.trace.iteration(plan, began, ended)
         self.scheduler.measured(plan, seconds)
         metrics.iteration_seconds.observe(seconds)
         metrics.iteration_tokens.observe(plan.num_tokens)
@@ -220,6 +252,13 @@ class WorkerRuntime:
         self.metrics.count_tokens(kind, amount)
         self._rate.add(amount, time.monotonic())
 
+    def count_lent(self, tokens: int, requests: int = 0) -> None:
+        """Count what was computed with this worker's slack for the other pool."""
+        self.lent_tokens += tokens
+        self.lent_requests += requests
+        self.metrics.lent_tokens.inc(tokens)
+        self.metrics.lent_requests.inc(requests)
+
     def count_prefix_lookup(self, sequence: Sequence) -> None:
         """Count what an admitted sequence found in the prefix cache, where there is one."""
         if self.pool.prefix_cache:
@@ -227,21 +266,30 @@ class WorkerRuntime:
 
     def peer_transfer(
         self,
-        peer_name: str,
         send_control: Callable[[worker_pb2.LinkMessage], None],
         events: TransferEvents,
-    ) -> PeerTransfer:
-        """All KV traffic with one peer, over this worker's blocks."""
-        return PeerTransfer(
-            storage=self.engine.storage,
-            spec=self.kv_spec,
-            config=self.config.transfer,
-            send_control=send_control,
-            events=events,
-            peer_name=peer_name,
-            budget=self.link_budget,
-            rendezvous=self._rendezvous,
-        )
+    ) -> RankedTransfer:
+        """All KV traffic with one peer, over this worker's blocks on every rank."""
+
+        def make_links(
+            name: str, theirs: worker_pb2.KVSpec, own_events: TransferEvents
+        ) -> RankLinks:
+            return RankLinks(
+                rank=0,
+                blocks=self.engine.storage,
+                ours=self.kv_spec,
+                theirs=theirs,
+                config=self.config.transfer,
+                send_control=send_control,
+                events=own_events,
+                peer_name=name,
+                budget=self.link_budget,
+                rendezvous=self._rendezvous,
+                trace=self.trace,
+            )
+
+        others = self._ranks or NO_OTHERS
+        return RankedTransfer(self.kv_spec, make_links, send_control, events, others)
 
     @property
     def model_name(self) -> str:
@@ -283,6 +331,9 @@ class WorkerRuntime:
             policy=policy_name(self.config.scheduler, self.role_name),
             kernels=self.engine.kernels,
             preemptions=dict(scheduler.num_preempted.items()),
+            tensor_parallel=self.tensor_parallel,
+            lent_requests=self.lent_requests,
+            lent_tokens=self.lent_tokens,
             kv_capacity=str(self.engine.kv_capacity),
             model=self.model_name,
             model_info=cluster_pb2.ModelInfo(
@@ -299,6 +350,7 @@ class WorkerRuntime:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         role.add_servicers(self._server)
         worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerService(self), self._server)
+        add_tracing(self._server, self.trace)
         host = self.config.worker.host
         port = self._server.add_insecure_port(f"{host}:0")
         await self._server.start()
@@ -391,18 +443,3 @@ class _Rate:
         if elapsed > 2 * _RATE_WINDOW_SECONDS:
             return 0.0
         return self._count / elapsed if elapsed > 1.0 else self._last
-
-
-def _default_threads(config: TandemConfig) -> int:
-    return max(1, (os.cpu_count() or 1) // _local_workers(config, "cpu"))
-
-
-def _local_workers(config: TandemConfig, device: str) -> int:
-    """How many workers share a device's memory: all of them on a CPU, as on one machine."""
-    if device != "cpu":
-        gpus = config.controller.gpus_per_worker
-        return max(1, round(1 / gpus)) if gpus else 1
-    workers = config.controller.decode_workers
-    if config.worker.disaggregated:
-        workers += config.controller.prefill_workers
-    return workers

@@ -143,11 +143,11 @@ int tandem_forward(Context* context, const TandemModel* model, const TandemBatch
 
 int tandem_choose(Context* context, const float* logits, int64_t rows, int64_t vocab,
                   const float* temperatures, const int64_t* seeds, const int64_t* positions,
-                  int64_t* out) {
-  return tandem::guarded([&] {
-    context->kernels->choose(context->team, context->scratch, logits, rows, vocab, temperatures,
-                             seeds, positions, out);
-  });
+                  const int64_t* top_k, const double* top_p, const float* min_p, int64_t* out) {
+  const tandem::Choice choice{logits,    rows,  vocab, temperatures, seeds,
+                              positions, top_k, top_p, min_p,        out};
+  return tandem::guarded(
+      [&] { context->kernels->choose(context->team, context->scratch, choice); });
 }
 
 // Copy the KV of tokens at `slots` out of the cache, [layers, 2, slots_per_layer, token bytes], into

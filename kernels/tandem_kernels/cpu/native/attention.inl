@@ -1,393 +1,248 @@
-// Causal attention over KV blocks, read in place: prompt chunks and decode rows by the same code.
-//
-// The context is cut into tiles of 128 keys at fixed positions. What a query finds in a tile is
-// computed by itself and tiles are merged in order, so a query's bits depend neither on the chunk
-// or batch that it came in nor on the number of threads. Keys and values of a tile are rearranged
-// into panels once for all queries of a unit; then both products are those of a linear layer.
+// Causal attention over KV blocks, read in place: prompt chunks and decode rows by the same steps.
 
-constexpr int64_t kTileKeys = 128;
-alignas(64) static const uint32_t kZeros[TANDEM_MOST_HEAD_DIM] = {};  // stands for missing keys
-constexpr int64_t kChunkRows = 192;  // query rows (tokens times heads per KV head) of a chunk's unit
-
-// A piece of work: some queries of one sequence and one KV head. A unit of a long prompt chunk sees
-// all its tiles and writes the result; a unit of few queries sees one tile and writes what it found
-// to `partial`.
-struct Unit {
-  int64_t sequence, kv_head, first_row, num_rows, first_tile, num_tiles;
-  int64_t partial;  // index of its first partial, or -1
-};
-
-struct UnitList {
-  int64_t count, partials;
-};
-
-static inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-struct AttentionShape {
-  int64_t shared;     // query heads per KV head
-  int64_t head_units; // units of one head
-  int64_t columns;    // head_dim, filled up to whole panels
-};
-
-template <class T>
-static AttentionShape shape_of(const Attention& a) {
-  return {a.heads / a.kv_heads, units_of<T>(a.head_dim), (a.head_dim + kPanel - 1) / kPanel * kPanel};
-}
-
-static inline int64_t chunk_rows(const Attention& a) {
-  return most_of(1, kChunkRows / (a.heads / a.kv_heads));
-}
-
-static inline int64_t first_tile(const Attention& a, int64_t position) {
-  return a.window == 0 ? 0 : most_of(0, position - a.window + 1) / kTileKeys;
-}
-
-// Split the batch into units; writes them if `units` is given.
-static UnitList list_units(const Attention& a, Unit* units) {
-  const TandemBatch& batch = *a.batch;
-  const int64_t shared = a.heads / a.kv_heads;
-  UnitList list{0, 0};
-  for (int64_t s = 0; s < batch.num_sequences; ++s) {
-    const int64_t rows = batch.query_starts[s + 1] - batch.query_starts[s];
-    const int64_t start = batch.context_lens[s] - rows;
-    const bool split = rows * shared <= kMaxRows;
-    const int64_t step = split ? rows : chunk_rows(a);
-    for (int64_t row = rows > 0 ? (rows - 1) / step * step : -1; row >= 0; row -= step) {
-      const int64_t count = least_of(step, rows - row);
-      const int64_t from = first_tile(a, start + row);
-      const int64_t to = (start + row + count - 1) / kTileKeys + 1;
-      for (int64_t head = 0; head < a.kv_heads; ++head) {
-        for (int64_t tile = from; tile < to; tile += split ? 1 : to - from) {
-          if (units != nullptr) {
-            units[list.count] = {s, head, row, count, tile, split ? 1 : to - from,
-                                 split ? list.partials : -1};
-          }
-          list.partials += split ? count * shared : 0;
-          ++list.count;
-        }
-      }
-    }
-  }
-  return list;
-}
-
-// Floats that one partial takes: maximum, sum, and the weighted values.
-static inline int64_t partial_size(int64_t columns) { return columns + kPanel; }
-
-#if VW == 16
-static void transpose_16(const uint32_t* const* rows, int64_t offset, uint32_t* to) {
-  __m512i in[16], out[16];
-  for (int i = 0; i < 16; ++i) in[i] = _mm512_loadu_si512(rows[i] + offset);
-  for (int i = 0; i < 16; i += 2) {
-    out[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
-    out[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    in[i] = _mm512_unpacklo_epi64(out[i], out[i + 2]);
-    in[i + 1] = _mm512_unpackhi_epi64(out[i], out[i + 2]);
-    in[i + 2] = _mm512_unpacklo_epi64(out[i + 1], out[i + 3]);
-    in[i + 3] = _mm512_unpackhi_epi64(out[i + 1], out[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    out[i] = _mm512_shuffle_i32x4(in[i], in[i + 4], 0x88);
-    out[i + 4] = _mm512_shuffle_i32x4(in[i], in[i + 4], 0xdd);
-    out[i + 8] = _mm512_shuffle_i32x4(in[i + 8], in[i + 12], 0x88);
-    out[i + 12] = _mm512_shuffle_i32x4(in[i + 8], in[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(to + i * kPanel, _mm512_shuffle_i32x4(out[i], out[i + 8], 0x88));
-    _mm512_storeu_si512(to + (i + 8) * kPanel, _mm512_shuffle_i32x4(out[i], out[i + 8], 0xdd));
-  }
-}
-#endif
-
-// Lay the keys at rows[0..32) out as one panel, [head units][32].
-static void pack_keys(const uint32_t* const* rows, int64_t units, uint32_t* panel) {
-  int64_t done = 0;
-#if VW == 16
-  for (; done + 16 <= units; done += 16) {
-    transpose_16(rows, done, panel + done * kPanel);
-    transpose_16(rows + 16, done, panel + done * kPanel + 16);
-  }
-#endif
-  for (int key = 0; key < kPanel; ++key) {
-    for (int64_t k = done; k < units; ++k) panel[k * kPanel + key] = rows[key][k];
-  }
-}
-
-// One unit row of a panel over columns of a head: the values of the keys that share a unit.
-static inline void value_units(const float* const* rows, int64_t column, int64_t count,
-                               uint32_t* to) {
-  const float* from = rows[0] + column;
-  if (count == kPanel) {
-    __builtin_memcpy(to, from, kPanel * 4);
-    return;
-  }
-  float* out = reinterpret_cast<float*>(to);
-#if VW == 16
-  _mm512_storeu_ps(out, _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : (1u << count) - 1, from));
-  const __mmask16 high = count > 16 ? (1u << (count - 16)) - 1 : 0;
-  _mm512_storeu_ps(out + 16, _mm512_maskz_loadu_ps(high, from + 16));
-#else
-  for (int64_t c = 0; c < kPanel; ++c) out[c] = c < count ? from[c] : 0.0f;
-#endif
-}
-
-static inline void value_units(const bf16* const* rows, int64_t column, int64_t count,
-                               uint32_t* to) {
-  const bf16 *first = rows[0] + column, *second = rows[1] + column;
-#if VW == 16
-  const __mmask32 mask = count == kPanel ? ~0u : (1u << count) - 1;
-  const __m512i whole_a = _mm512_maskz_loadu_epi16(mask, first);
-  const __m512i whole_b = _mm512_maskz_loadu_epi16(mask, second);
-  const __m512i a = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(whole_a));
-  const __m512i b = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(whole_b));
-  const __m512i a_high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(whole_a, 1));
-  const __m512i b_high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(whole_b, 1));
-  _mm512_storeu_si512(to, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
-  _mm512_storeu_si512(to + 16, _mm512_or_si512(a_high, _mm512_slli_epi32(b_high, 16)));
-#else
-  for (int64_t c = 0; c < kPanel; ++c) {
-    to[c] = c < count ? first[c].bits | static_cast<uint32_t>(second[c].bits) << 16 : 0;
-  }
-#endif
-}
-
-// The rearranged keys and values of one tile, and the buffers of one thread.
+// The buffers of one thread.
 template <class T>
 struct Workbench {
+  static constexpr int64_t kUnits = kTileKeys / kPerUnit<T>;  // of the keys of a tile
+  TileRows<T> rows[2];  // of this tile and of the next
   uint32_t* keys;     // [4][head units][32]
-  uint32_t* values;   // [columns / 32][units of 128 keys][32]
+  uint32_t* values;   // [columns / 32][kUnits][32], for chunks
   uint32_t* query;    // [head units][rows of group]
-  uint32_t* weights;  // [units of 128 keys][rows of group]
+  uint32_t* weights;  // [kMaxRows][kUnits]
   float* scores;      // [4][kMaxRows][32]
   float* found;       // [columns / 32][kMaxRows][32]
-  float* merged;      // [rows of a chunk][partial]
+  float* merged;      // [rows of a chunk][partial], for chunks
 
   static int64_t floats(const AttentionShape& shape, int64_t rows) {
-    return kTileKeys * shape.head_units + kTileKeys / kPerUnit<T> * shape.columns +
-           kMaxRows * (shape.head_units + kTileKeys / kPerUnit<T> + kTileKeys + shape.columns) +
+    return kTileKeys * shape.head_units + kUnits * shape.columns +
+           kMaxRows * (shape.head_units + kUnits + kTileKeys + shape.columns) +
            rows * partial_size(shape.columns) + 64;
   }
   Workbench(float* memory, const AttentionShape& shape) {
     keys = reinterpret_cast<uint32_t*>(memory);
     values = keys + kTileKeys * shape.head_units;
-    query = values + kTileKeys / kPerUnit<T> * shape.columns;
+    query = values + kUnits * shape.columns;
     weights = query + kMaxRows * shape.head_units;
-    scores = reinterpret_cast<float*>(weights + kMaxRows * (kTileKeys / kPerUnit<T>));
+    scores = reinterpret_cast<float*>(weights + kMaxRows * kUnits);
     found = scores + kMaxRows * kTileKeys;
     merged = found + kMaxRows * shape.columns;
   }
+  // Floats that one partial takes: maximum, sum, and the weighted values.
+  static int64_t partial_size(int64_t columns) { return columns + kPanel; }
 };
 
 template <class T>
-static void pack_tile(const Attention& a, const AttentionShape& shape, const Unit& unit,
-                      int64_t tile, int64_t keys_end, const Workbench<T>& bench) {
-  const TandemBatch& batch = *a.batch;
-  const int64_t* table = batch.block_tables + unit.sequence * batch.table_width;
-  const int64_t begin = tile * kTileKeys;
-  const int64_t used = least_of(kTileKeys, keys_end - begin);
-  const T *keys[kTileKeys], *values[kTileKeys];
-  int64_t block = begin / batch.block_size, offset = begin % batch.block_size;
-  for (int64_t key = 0; key < used; ++block, offset = 0) {
-    const int64_t first = table[block] * batch.block_size;
-    for (; offset < batch.block_size && key < used; ++offset, ++key) {
-      const int64_t at = ((first + offset) * a.kv_heads + unit.kv_head) * a.head_dim;
-      keys[key] = static_cast<const T*>(a.keys) + at;
-      values[key] = static_cast<const T*>(a.values) + at;
-      // Rows of other heads lie between ours: too far apart for the processor's own prefetcher.
-      for (int64_t ahead = 0; ahead < a.head_dim; ahead += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(keys[key] + ahead);
-        __builtin_prefetch(values[key] + ahead);
-      }
-    }
-  }
-  const int64_t padded = (used + kPanel - 1) / kPanel * kPanel;
-  for (int64_t key = used; key < padded; ++key) {
-    keys[key] = values[key] = reinterpret_cast<const T*>(kZeros);
-  }
-  for (int64_t first = 0; first < used; first += kPanel) {
-    pack_keys(reinterpret_cast<const uint32_t* const*>(keys + first), shape.head_units,
-              bench.keys + first * shape.head_units);
-  }
-  const int64_t units = kTileKeys / kPerUnit<T>;
-  for (int64_t k = 0; k * kPerUnit<T> < used; ++k) {
-    for (int64_t column = 0; column < a.head_dim; column += kPanel) {
-      value_units(values + k * kPerUnit<T>, column, least_of(kPanel, a.head_dim - column),
-                  bench.values + (column / kPanel * units + k) * kPanel);
+static void pack_values(const TileRows<T>& rows, int64_t head_dim, uint32_t* values) {
+  constexpr int64_t kUnits = Workbench<T>::kUnits;
+  for (int64_t k = 0; k * kPerUnit<T> < rows.used; ++k) {
+    for (int64_t column = 0; column < head_dim; column += kPanel) {
+      value_units(rows.values + k * kPerUnit<T>, column, least_of(kPanel, head_dim - column),
+                  values + (column / kPanel * kUnits + k) * kPanel);
     }
   }
 }
 
-// Turn a row's scores over `used` keys into weights; return {maximum, sum}, sum 0 where it sees none.
+// Turn a row's scores over keys [0, padded) into weights; those outside of [low, high) weigh 0.
+// scores: [panels][stride]; returns the maximum and the sum, which is 0 where the row sees nothing.
 template <class T>
-static void weigh(float* const* scores, int64_t used, int64_t low, int64_t high, float scale,
-                  uint32_t* weights, int64_t stride, float* maximum, float* sum) {
+static void weigh(const float* scores, int64_t stride, int64_t padded, int64_t low, int64_t high,
+                  float scale, uint32_t* weights, float* maximum, float* sum) {
   alignas(64) float row[kTileKeys];
-  vf most = splat(-__builtin_inff());
-  for (int64_t key = 0; key < used; key += VW) {
-    const vf score = load<vf>(scores[key / kPanel] + key % kPanel) * scale;
-    store(row + key, score);
-  }
-  for (int64_t key = 0; key < least_of(low, used); ++key) row[key] = -__builtin_inff();
-  for (int64_t key = most_of(high, 0); key < used; ++key) row[key] = -__builtin_inff();
-  for (int64_t key = 0; key < used; key += VW) {
-    const vf score = load<vf>(row + key);
-    most = score > most ? score : most;
+  vi lane;
+  for (int i = 0; i < VW; ++i) lane[i] = i;
+  const vf nothing = splat(-__builtin_inff());
+  vf most = nothing;
+  for (int64_t key = 0; key < padded; key += VW) {
+    const vf score = load<vf>(scores + key / kPanel * stride + key % kPanel) * scale;
+    const vi at = lane + static_cast<int32_t>(key);
+    const vi seen = (at >= static_cast<int32_t>(low)) & (at < static_cast<int32_t>(high));
+    const vf kept = seen ? score : nothing;
+    store(row + key, kept);
+    most = kept > most ? kept : most;
   }
   *maximum = max_lanes(most);
-  vf total = vf{};
   const bool none = *maximum == -__builtin_inff();
-  for (int64_t key = 0; key < used; key += VW) {
+  T* narrowed = reinterpret_cast<T*>(weights);
+  vf total = vf{};
+  for (int64_t key = 0; key < padded; key += VW) {
     const vf weight = none ? vf{} : exp_lanes(load<vf>(row + key) - *maximum);
     total += weight;
-    store(row + key, weight);
+    narrow_lanes(weight, narrowed + key);
   }
   *sum = sum_lanes(total);
-  T narrowed[kTileKeys];
-  for (int64_t key = 0; key < used; ++key) narrow(row[key], narrowed + key);
-  const uint32_t* units = reinterpret_cast<const uint32_t*>(narrowed);
-  for (int64_t k = 0; k < used / kPerUnit<T>; ++k) __builtin_memcpy(weights + k * stride, units + k, 4);
 }
 
-// Merge what was found in a tile into what was found before it.
-static void merge(float* into, const float* maximum, const float* sum, const float* const* found,
-                  int64_t columns) {
-  if (*sum == 0.0f) return;
-  const float before = into[0], most = before > *maximum ? before : *maximum;
-  const float keep = before == -__builtin_inff() ? 0.0f : exp_one(before - most);
-  const float add = exp_one(*maximum - most);
-  into[0] = most;
-  into[1] = into[1] * keep + *sum * add;
-  for (int64_t c = 0; c < columns; c += VW) {
-    float* to = into + kPanel + c;
-    store(to, load<vf>(to) * keep + load<vf>(found[c / kPanel] + c % kPanel) * add);
-  }
-}
-
-static void clear_partials(float* partials, int64_t rows, int64_t columns) {
-  for (int64_t row = 0; row < rows; ++row) {
-    float* at = partials + row * partial_size(columns);
-    for (int64_t c = 0; c < partial_size(columns); ++c) at[c] = 0.0f;
-    at[0] = -__builtin_inff();
-  }
-}
-
-// Attend one group of query rows to a packed tile and merge into their partials.
+// Bring a group of a unit's query rows together, [head units][rows].
 template <class T>
-static void attend_group(const Attention& a, const AttentionShape& shape, const Unit& unit,
-                         int64_t tile, int64_t used, int64_t first, int64_t rows,
-                         const Workbench<T>& bench, float* partials) {
-  const TandemBatch& batch = *a.batch;
-  const int64_t row_of_sequence = batch.query_starts[unit.sequence];
-  const int64_t position_of_row = batch.context_lens[unit.sequence] -
-                                  (batch.query_starts[unit.sequence + 1] - row_of_sequence);
+static void gather_query(const Attention& a, const AttentionShape& shape, const Unit& unit,
+                         int64_t first, int64_t rows, uint32_t* query) {
+  const int64_t row_of_sequence = a.batch->query_starts[unit.sequence];
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = unit.first_row + (first + r) / shape.shared;
+    const int64_t token = row_of_sequence + unit.first_row + (first + r) / shape.shared;
     const int64_t head = unit.kv_head * shape.shared + (first + r) % shape.shared;
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(
-        static_cast<const T*>(a.query) + ((row_of_sequence + token) * a.heads + head) * a.head_dim);
-    for (int64_t k = 0; k < shape.head_units; ++k) bench.query[k * rows + r] = from[k];
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(a.query) +
+                                                             (token * a.heads + head) * a.head_dim);
+    for (int64_t k = 0; k < shape.head_units; ++k) query[k * rows + r] = from[k];
   }
-  for (int64_t panel = 0; panel * kPanel < used; ++panel) {
-    run_tile<T>(rows, bench.query, bench.keys + panel * kPanel * shape.head_units,
-                shape.head_units, bench.scores + panel * kMaxRows * kPanel);
+}
+
+// Scores of one group over the packed keys of a tile, then its weights.
+template <class T, class Rows>
+static void score_group(const Attention& a, const AttentionShape& shape, const Unit& unit,
+                        int64_t tile, const TileRows<T>& tile_rows, int64_t first, int64_t rows,
+                        const Workbench<T>& bench, float* maxima, float* sums) {
+  const TandemBatch& batch = *a.batch;
+  const int64_t chunk = batch.query_starts[unit.sequence + 1] - batch.query_starts[unit.sequence];
+  const int64_t position_of_row = batch.context_lens[unit.sequence] - chunk + unit.first_row;
+  for (int64_t panel = 0; panel * kPanel < tile_rows.used; ++panel) {
+    run_tile<T, Rows>(rows, bench.query, bench.keys + panel * kPanel * shape.head_units,
+                      shape.head_units, bench.scores + panel * kMaxRows * kPanel,
+                      reinterpret_cast<const void* const*>(tile_rows.values) + panel * kPanel);
   }
-  float maxima[kMaxRows], sums[kMaxRows];
-  // Whole vectors and whole units: keys past the end have weight 0.
-  const int64_t padded = (used + kPanel - 1) / kPanel * kPanel;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t position = position_of_row + unit.first_row + (first + r) / shape.shared;
-    const int64_t high = position + 1 - tile * kTileKeys;
-    const int64_t low = a.window == 0 ? 0 : high - a.window;
-    float* scores[kTileKeys / kPanel];
-    for (int64_t panel = 0; panel < kTileKeys / kPanel; ++panel) {
-      scores[panel] = bench.scores + (panel * kMaxRows + r) * kPanel;
-    }
-    weigh<T>(scores, padded, low, least_of(high, used), a.scale, bench.weights + r, rows,
+    const int64_t position = position_of_row + (first + r) / shape.shared;
+    const int64_t high = most_of(0, position + 1 - tile * kTileKeys);
+    const int64_t low = a.window == 0 ? 0 : least_of(kTileKeys, most_of(0, high - a.window));
+    weigh<T>(bench.scores + r * kPanel, kMaxRows * kPanel, tile_rows.padded, low,
+             least_of(high, tile_rows.used), a.scale, bench.weights + r * Workbench<T>::kUnits,
              maxima + r, sums + r);
   }
-  const int64_t units = kTileKeys / kPerUnit<T>;
-  const int64_t used_units = (used + kPerUnit<T> - 1) / kPerUnit<T>;
-  for (int64_t panel = 0; panel < shape.columns / kPanel; ++panel) {
-    run_tile<T>(rows, bench.weights, bench.values + panel * units * kPanel, used_units,
-                bench.found + panel * kMaxRows * kPanel);
+}
+
+// Few queries and one tile: keys through the first-level cache, values where they are. Each is
+// asked for while the other is worked on. `fresh`: the queries are not those of the tile before.
+template <class T>
+static void attend_tile(const Attention& a, const AttentionShape& shape, const Unit& unit,
+                        const TileRows<T>& rows, const TileRows<T>* next, bool fresh,
+                        const Workbench<T>& bench, float* partials) {
+  for (int64_t first = 0; first < rows.used; first += kPanel) {
+    pack_keys(reinterpret_cast<const uint32_t* const*>(rows.keys + first), shape.head_units,
+              bench.keys + first * shape.head_units);
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* found[TANDEM_MOST_HEAD_DIM / kPanel];
-    for (int64_t panel = 0; panel < shape.columns / kPanel; ++panel) {
-      found[panel] = bench.found + (panel * kMaxRows + r) * kPanel;
+  const int64_t units = (rows.used + kPerUnit<T> - 1) / kPerUnit<T>;
+  const int64_t size = Workbench<T>::partial_size(shape.columns);
+  const Groups groups(unit.num_rows * shape.shared, kMaxRows);
+  const T* const* ahead = next != nullptr && next->padded >= rows.padded ? next->keys : rows.values;
+  for (int64_t group = 0; group < groups.count; ++group) {
+    const int64_t first = groups.start(group), count = groups.size(group);
+    float maxima[kMaxRows], sums[kMaxRows];
+    if (fresh || groups.count > 1) gather_query<T>(a, shape, unit, first, count, bench.query);
+    score_group<T, FetchingRows>(a, shape, unit, unit.first_tile, rows, first, count, bench, maxima, sums);
+    for (int64_t column = 0; column < a.head_dim; column += kPanel) {
+      with_rows(count, [&](auto constant) {
+        ValueTile<T, constant.value>::run(bench.weights, rows.values, ahead, units, column,
+                                          least_of(kPanel, a.head_dim - column),
+                                          bench.found + column * kMaxRows);
+      });
     }
-    merge(partials + (first + r) * partial_size(shape.columns), maxima + r, sums + r, found,
-          shape.columns);
+    for (int64_t r = 0; r < count; ++r) {
+      put_partial(partials + (unit.partial + first + r) * size, maxima[r], sums[r],
+                  bench.found + r * kPanel, kMaxRows * kPanel, shape.columns);
+    }
   }
 }
 
-template <class T>
-static void write_out(const Attention& a, int64_t token, int64_t head, const float* partial) {
-  T* to = static_cast<T*>(a.output) + (token * a.heads + head) * a.head_dim;
-  const float factor = 1.0f / partial[1];
-  for (int64_t c = 0; c < a.head_dim; ++c) narrow(partial[kPanel + c] * factor, to + c);
+static inline int64_t keys_end(const Attention& a, const Unit& unit) {
+  const TandemBatch& batch = *a.batch;
+  const int64_t chunk = batch.query_starts[unit.sequence + 1] - batch.query_starts[unit.sequence];
+  return batch.context_lens[unit.sequence] - chunk + unit.first_row + unit.num_rows;
 }
 
+// A run of units of few queries. While one is worked on, the next one's rows are on their way.
 template <class T>
-static void attend(const Attention& a, const AttentionShape& shape, const Unit& unit,
-                   const Workbench<T>& bench, float* partials) {
-  const TandemBatch& batch = *a.batch;
-  const int64_t rows = unit.num_rows * shape.shared;
-  const int64_t chunk = batch.query_starts[unit.sequence + 1] - batch.query_starts[unit.sequence];
-  const int64_t keys_end =
-      batch.context_lens[unit.sequence] - chunk + unit.first_row + unit.num_rows;
-  float* into = unit.partial < 0 ? bench.merged
-                                 : partials + unit.partial * partial_size(shape.columns);
-  clear_partials(into, rows, shape.columns);
+static void attend_run(const Attention& a, const AttentionShape& shape, const Unit* units,
+                       int64_t count, Workbench<T>& bench, float* partials) {
+  find_rows(a, units[0], units[0].first_tile, keys_end(a, units[0]), bench.rows[0]);
+  prefetch_rows(bench.rows[0].keys, 0, bench.rows[0].used, a.head_dim);
+  for (int64_t i = 0; i < count; ++i) {
+    TileRows<T>* next = i + 1 < count ? &bench.rows[(i + 1) % 2] : nullptr;
+    if (next != nullptr) {
+      find_rows(a, units[i + 1], units[i + 1].first_tile, keys_end(a, units[i + 1]), *next);
+    }
+    const bool fresh = i == 0 || units[i].sequence != units[i - 1].sequence ||
+                       units[i].kv_head != units[i - 1].kv_head;
+    attend_tile<T>(a, shape, units[i], bench.rows[i % 2], next, fresh, bench, partials);
+  }
+}
+
+// Many queries of one sequence and KV head, over all tiles that they see.
+template <class T>
+static void attend_chunk(const Attention& a, const AttentionShape& shape, const Unit& unit,
+                         Workbench<T>& bench) {
+  constexpr int64_t kUnits = Workbench<T>::kUnits;
+  const int64_t rows = unit.num_rows * shape.shared, size = bench.partial_size(shape.columns);
+  TileRows<T>& tile_rows = bench.rows[0];
+  for (int64_t row = 0; row < rows; ++row) {
+    float* at = bench.merged + row * size;
+    for (int64_t c = 0; c < size; ++c) at[c] = 0.0f;
+    at[0] = -__builtin_inff();
+  }
   const Groups groups(rows, kMaxRows);
   for (int64_t tile = unit.first_tile; tile < unit.first_tile + unit.num_tiles; ++tile) {
-    pack_tile<T>(a, shape, unit, tile, keys_end, bench);
-    const int64_t used = least_of(kTileKeys, keys_end - tile * kTileKeys);
+    find_rows(a, unit, tile, keys_end(a, unit), tile_rows);
+    prefetch_rows(tile_rows.keys, 0, tile_rows.used, a.head_dim);
+    prefetch_rows(tile_rows.values, 0, tile_rows.used, a.head_dim);
+    for (int64_t first = 0; first < tile_rows.used; first += kPanel) {
+      pack_keys(reinterpret_cast<const uint32_t* const*>(tile_rows.keys + first), shape.head_units,
+                bench.keys + first * shape.head_units);
+    }
+    pack_values(tile_rows, a.head_dim, bench.values);
+    const int64_t units = (tile_rows.used + kPerUnit<T> - 1) / kPerUnit<T>;
     for (int64_t group = 0; group < groups.count; ++group) {
-      attend_group<T>(a, shape, unit, tile, used, groups.start(group), groups.size(group), bench,
-                      into);
+      const int64_t first = groups.start(group), count = groups.size(group);
+      float maxima[kMaxRows], sums[kMaxRows];
+      gather_query<T>(a, shape, unit, first, count, bench.query);
+      score_group<T, FromCache>(a, shape, unit, tile, tile_rows, first, count, bench, maxima, sums);
+      for (int64_t panel = 0; panel < shape.columns / kPanel; ++panel) {
+        run_tile<T, RowsApart<kUnits>>(count, bench.weights, bench.values + panel * kUnits * kPanel,
+                                   units, bench.found + panel * kMaxRows * kPanel);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        merge(bench.merged + (first + r) * size, maxima[r], sums[r], bench.found + r * kPanel,
+              kMaxRows * kPanel, shape.columns);
+      }
     }
   }
-  if (unit.partial >= 0) return;
   for (int64_t row = 0; row < rows; ++row) {
-    write_out<T>(a, batch.query_starts[unit.sequence] + unit.first_row + row / shape.shared,
-                 unit.kv_head * shape.shared + row % shape.shared,
-                 into + row * partial_size(shape.columns));
+    write_out<T>(a, a.batch->query_starts[unit.sequence] + unit.first_row + row / shape.shared,
+                 unit.kv_head * shape.shared + row % shape.shared, bench.merged + row * size);
   }
 }
 
-// Merge the partials of units that share their queries, which follow each other in the list.
+// Merge the partials of a sequence's tiles, in order, and write the result.
 template <class T>
-static void merge_units(const Attention& a, const AttentionShape& shape, const Unit* units,
-                        int64_t count, float* partials) {
-  const int64_t rows = units[0].num_rows * shape.shared, size = partial_size(shape.columns);
-  float* into = partials + units[0].partial * size;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 1; i < count; ++i) {
-      const float* from = partials + (units[i].partial + row) * size;
-      const float* found[TANDEM_MOST_HEAD_DIM / kPanel];
-      for (int64_t panel = 0; panel < shape.columns / kPanel; ++panel) {
-        found[panel] = from + kPanel + panel * kPanel;
-      }
-      merge(into + row * size, from, from + 1, found, shape.columns);
+static void merge_tiles(const Attention& a, const AttentionShape& shape, const Merge& m,
+                        float* partials) {
+  const int64_t rows = m.num_rows * shape.shared;
+  const int64_t size = Workbench<T>::partial_size(shape.columns);
+  float* into = partials + m.partial * size;
+  for (int64_t tile = 1; tile < m.num_tiles; ++tile) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = into + (tile * m.stride + row) * size;
+      merge(into + row * size, from[0], from[1], from + kPanel, kPanel, shape.columns);
     }
-    write_out<T>(a, a.batch->query_starts[units[0].sequence] + units[0].first_row + row / shape.shared,
-                 units[0].kv_head * shape.shared + row % shape.shared, into + row * size);
   }
+  for (int64_t row = 0; row < rows; ++row) {
+    write_out<T>(a, a.batch->query_starts[m.sequence] + row / shape.shared,
+                 m.kv_head * shape.shared + row % shape.shared, into + row * size);
+  }
+}
+
+template <class T>
+static int64_t bench_floats(const Attention& a, const AttentionShape& shape) {
+  return Workbench<T>::floats(shape, chunk_rows(a) * shape.shared);
 }
 
 // Make room for a batch and list its units. One thread, before `attention_phase`.
 template <class T>
 static UnitList prepare_attention(Scratch& scratch, const Attention& a, int threads) {
   const AttentionShape shape = shape_of<T>(a);
-  const UnitList list = list_units(a, nullptr);
-  scratch.units.reserve((list.count + 1) * static_cast<int64_t>(sizeof(Unit)));
-  scratch.partials.reserve((list.partials * partial_size(shape.columns) + 1) * 4);
-  scratch.per_thread.reserve(threads * Workbench<T>::floats(shape, chunk_rows(a) * shape.shared) * 4);
-  return list_units(a, scratch.units.as<Unit>());
+  const UnitList list = list_units(a, threads, nullptr, nullptr);
+  scratch.units.reserve((list.units + 1) * static_cast<int64_t>(sizeof(Unit)));
+  scratch.merges.reserve((list.merges + 1) * static_cast<int64_t>(sizeof(Merge)));
+  scratch.partials.reserve((list.partials * Workbench<T>::partial_size(shape.columns) + 1) * 4);
+  scratch.per_thread.reserve(threads * bench_floats<T>(a, shape) * 4);
+  return list_units(a, threads, scratch.units.as<Unit>(), scratch.merges.as<Merge>());
 }
 
 // All threads; ends with a barrier.
@@ -396,22 +251,25 @@ static void attention_phase(Member& member, Scratch& scratch, const Attention& a
   const AttentionShape shape = shape_of<T>(a);
   const Unit* units = scratch.units.as<Unit>();
   float* partials = scratch.partials.as<float>();
-  const int64_t floats = Workbench<T>::floats(shape, chunk_rows(a) * shape.shared);
-  const Workbench<T> bench(scratch.per_thread.as<float>() + member.index() * floats, shape);
+  Workbench<T> bench(scratch.per_thread.as<float>() + member.index() * bench_floats<T>(a, shape),
+                     shape);
+  const int64_t chunks = list.units - list.split_units;
+  const int64_t runs = (list.split_units + list.run - 1) / list.run;
   member.open();
-  for (int64_t i; (i = member.next()) < list.count;) attend<T>(a, shape, units[i], bench, partials);
-  member.barrier();
-  if (list.partials == 0) return;
-  int64_t turn = 0;
-  for (int64_t i = 0, end; i < list.count; i = end) {
-    end = i + 1;
-    if (units[i].partial < 0) continue;
-    while (end < list.count && units[end].partial >= 0 && units[end].sequence == units[i].sequence &&
-           units[end].kv_head == units[i].kv_head)
-      ++end;
-    if (turn++ % member.size() == member.index()) {
-      merge_units<T>(a, shape, units + i, end - i, partials);
+  for (int64_t i; (i = member.next()) < chunks + runs;) {
+    if (i < chunks) {
+      attend_chunk<T>(a, shape, units[list.split_units + i], bench);
+    } else {
+      const int64_t from = (i - chunks) * list.run;
+      attend_run<T>(a, shape, units + from, least_of(list.run, list.split_units - from), bench,
+                    partials);
     }
+  }
+  member.barrier();
+  if (list.merges == 0) return;
+  member.open();
+  for (int64_t i; (i = member.next()) < list.merges;) {
+    merge_tiles<T>(a, shape, scratch.merges.as<Merge>()[i], partials);
   }
   member.barrier();
 }

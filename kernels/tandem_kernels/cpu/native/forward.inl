@@ -102,7 +102,7 @@ static void run_forward(Team& team, Scratch& scratch, const Forward& f) {
   scratch.inner.reserve(rows * m.inner * size);
   scratch.packed.reserve(rows * widest * size);
   if (f.num_wanted >= 0) scratch.gathered.reserve(f.num_wanted * (m.hidden * 4 + attended * size) + 64);
-  ForwardState<T> state{scratch, f, {0, 0}, -1, {}};
+  ForwardState<T> state{scratch, f, {}, -1, {}};
   state.attention = {f.batch, scratch.query.as<T>(), nullptr, nullptr, scratch.seen.as<T>(),
                      m.heads, m.kv_heads, m.head_dim,
                      1.0f / __builtin_sqrtf(static_cast<float>(m.head_dim)), 0};

@@ -3,9 +3,11 @@
 // `Scratch` is the memory that a context lends to a region; it only grows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "abi.h"
 #include "team.h"
@@ -59,6 +61,7 @@ struct Scratch {
   Buffer inner;      // T [tokens, inner]
   Buffer packed;     // the input of a linear layer, in groups of rows
   Buffer units;      // the work list of attention
+  Buffer merges;     // the list of what is merged after it
   Buffer partials;   // what attention found in each tile of keys
   Buffer gathered;   // rows that the last layer keeps
   Buffer per_thread;
@@ -89,6 +92,20 @@ struct Attention {
   int64_t window;
 };
 
+// The likeliest token of each row, or, with temperatures, a draw; with top_k and the two after it, a
+// draw from what they leave.
+struct Choice {
+  const float* logits;  // [rows, vocab]
+  int64_t rows, vocab;
+  const float* temperatures;  // [rows], as all that follows, or null
+  const int64_t* seeds;
+  const int64_t* positions;
+  const int64_t* top_k;  // or null, with the two after it
+  const double* top_p;
+  const float* min_p;
+  int64_t* out;
+};
+
 struct Kernels {
   const char* name;
   void (*pack)(int64_t dtype, const void* weight, int64_t rows, int64_t inputs, uint32_t* panels,
@@ -103,10 +120,7 @@ struct Kernels {
                           const float* projected, void* query, void* keys, void* values);
   void (*attention)(Team&, Scratch&, int64_t dtype, const Attention&);
   void (*forward)(Team&, Scratch&, const Forward&);
-  // The likeliest token of each row, or, with temperatures, a draw.
-  void (*choose)(Team&, Scratch&, const float* logits, int64_t rows, int64_t vocab,
-                 const float* temperatures, const int64_t* seeds, const int64_t* positions,
-                 int64_t* out);
+  void (*choose)(Team&, Scratch&, const Choice&);
 };
 
 extern const Kernels kGenericKernels;

@@ -13,11 +13,16 @@ namespace {
 
 constexpr int kMaxRows = TANDEM_MAX_ROWS;
 
+#include "tiles.inl"
 #include "linear.inl"
 
+#include "attention_units.inl"
+#include "attention_tiles.inl"
+#include "attention_partials.inl"
 #include "attention.inl"
 #include "layers.inl"
 #include "forward.inl"
+#include "truncation.inl"
 #include "sampling.inl"
 
 void pack(int64_t dtype, const void* weight, int64_t rows, int64_t inputs, uint32_t* panels,
@@ -135,11 +140,14 @@ void forward(Team& team, Scratch& scratch, const Forward& f) {
                                     : run_forward<float>(team, scratch, f);
 }
 
-void choose(Team& team, Scratch& scratch, const float* logits, int64_t rows, int64_t vocab,
-            const float* temperatures, const int64_t* seeds, const int64_t* positions,
-            int64_t* out) {
-  scratch.partials.reserve(2 * rows * spans_of(vocab) * static_cast<int64_t>(sizeof(Best)));
-  Draw draw{logits, rows, vocab, temperatures, seeds, positions, out, scratch.partials.as<Best>()};
+void choose(Team& team, Scratch& scratch, const Choice& choice) {
+  const int64_t rows = choice.rows, bests = 2 * rows * spans_of(choice.vocab);
+  const bool truncates = choice.top_k != nullptr;
+  scratch.partials.reserve(bests * static_cast<int64_t>(sizeof(Best)) + rows * 4);
+  if (truncates) scratch.per_thread.reserve(team.size() * 3 * choice.vocab * 4);
+  Best* found = scratch.partials.as<Best>();
+  Draw draw{choice, found, truncates ? reinterpret_cast<float*>(found + bests) : nullptr,
+            scratch.per_thread.as<float>()};
   team.run(choose_region, &draw);
 }
 

@@ -4,9 +4,6 @@
 // the other rows, nor on how rows are grouped, nor on the number of threads. Weights are read once
 // per kMaxRows rows from memory and from the second-level cache after that.
 
-constexpr int kPanel = 32;
-constexpr int kLanes = kPanel / VW;  // vectors across a panel
-
 template <class T>
 static inline int64_t units_of(int64_t inputs) {
   return inputs / kPerUnit<T>;
@@ -22,117 +19,6 @@ struct Groups {
  private:
   int64_t least(int64_t group) const { return group < rows % count ? group : rows % count; }
 };
-
-template <class T, int R>
-struct Tile {
-  // tile [R][32] = the inner products of R rows, x [units][R], with one panel [units][32].
-  static void run(const uint32_t* x, const uint32_t* panel, int64_t units, float* tile);
-};
-
-#if defined(TANDEM_DPBF16)
-template <int R>
-struct Tile<bf16, R> {
-  static void run(const uint32_t* x, const uint32_t* panel, int64_t units, float* tile) {
-    __m512 sum[R][2];
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < units; ++k) {
-      const __m512bh low = (__m512bh)_mm512_loadu_si512(panel + k * kPanel);
-      const __m512bh high = (__m512bh)_mm512_loadu_si512(panel + k * kPanel + 16);
-      // Rows of the stream that the processor's own prefetcher stops short of at page ends.
-      __builtin_prefetch(panel + k * kPanel + 2048);
-      __builtin_prefetch(panel + k * kPanel + 2048 + 16);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const __m512bh both = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[k * R + r]));
-        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], low, both);
-        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], high, both);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      _mm512_storeu_ps(tile + r * kPanel, sum[r][0]);
-      _mm512_storeu_ps(tile + r * kPanel + 16, sum[r][1]);
-    }
-  }
-};
-#else
-template <int R>
-struct Tile<bf16, R> {
-  static void run(const uint32_t* x, const uint32_t* panel, int64_t units, float* tile) {
-    vf sum[R][kLanes];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kLanes; ++v) sum[r][v] = vf{};
-    for (int64_t k = 0; k < units; ++k) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kLanes; ++v) {
-        const vu both = load<vu>(panel + k * kPanel + v * VW);
-        const vf first = bits_as_float(both << 16), second = bits_as_float(both & 0xffff0000u);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const uint32_t pair = x[k * R + r];
-          sum[r][v] += first * bits_as_float((vu){} + (pair << 16));
-          sum[r][v] += second * bits_as_float((vu){} + (pair & 0xffff0000u));
-        }
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kLanes; ++v) store(tile + r * kPanel + v * VW, sum[r][v]);
-  }
-};
-#endif
-
-template <int R>
-struct Tile<float, R> {
-  static void run(const uint32_t* x, const uint32_t* panel, int64_t units, float* tile) {
-    vf sum[R][kLanes];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kLanes; ++v) sum[r][v] = vf{};
-    const float* rows = reinterpret_cast<const float*>(x);
-    const float* weights = reinterpret_cast<const float*>(panel);
-    for (int64_t k = 0; k < units; ++k) {
-#if VW == 16
-      __builtin_prefetch(weights + k * kPanel + 2048);
-      __builtin_prefetch(weights + k * kPanel + 2048 + 16);
-#endif
-      vf column[kLanes];
-#pragma GCC unroll 8
-      for (int v = 0; v < kLanes; ++v) column[v] = load<vf>(weights + k * kPanel + v * VW);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const vf both = splat(rows[k * R + r]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kLanes; ++v) sum[r][v] += column[v] * both;
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kLanes; ++v) store(tile + r * kPanel + v * VW, sum[r][v]);
-  }
-};
-
-template <class T>
-static void run_tile(int64_t rows, const uint32_t* x, const uint32_t* panel, int64_t units,
-                     float* tile) {
-  switch (rows) {
-#define TANDEM_CASE(R) \
-  case R:              \
-    return Tile<T, (R <= kMaxRows ? R : 1)>::run(x, panel, units, tile);
-    TANDEM_CASE(1)
-    TANDEM_CASE(2)
-    TANDEM_CASE(3)
-    TANDEM_CASE(4)
-    TANDEM_CASE(5)
-    TANDEM_CASE(6)
-    TANDEM_CASE(7)
-    TANDEM_CASE(8)
-    TANDEM_CASE(9)
-    TANDEM_CASE(10)
-    TANDEM_CASE(11)
-    TANDEM_CASE(12)
-    TANDEM_CASE(13)
-#undef TANDEM_CASE
-    default:
-      return;
-  }
-}
 
 // Lay units [from, to) of one group's rows, each `units` long, out as [units][rows].
 static void interleave(const uint32_t* rows, int64_t count, int64_t units, int64_t from, int64_t to,
@@ -215,7 +101,7 @@ static void linear_phase(Member& member, Scratch& scratch, const TandemLinear& l
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t start = groups.start(group), size = groups.size(group);
       for (int64_t panel = first; panel < end; ++panel) {
-        run_tile<T>(size, packed + start * units, linear.panels + panel * units * kPanel, units,
+        run_tile<T, FromMemory>(size, packed + start * units, linear.panels + panel * units * kPanel, units,
                     tile);
         put_tile<T, Add>(linear, tile, size, panel * kPanel, out + start * linear.outputs);
       }
@@ -265,8 +151,8 @@ static void gated_phase(Member& member, Scratch& scratch, const TandemLinear& li
       const int64_t start = groups.start(group), size = groups.size(group);
       for (int64_t pair = first; pair < end; ++pair) {
         const uint32_t* panels = linear.panels + 2 * pair * units * kPanel;
-        run_tile<T>(size, packed + start * units, panels, units, gate);
-        run_tile<T>(size, packed + start * units, panels + units * kPanel, units, up);
+        run_tile<T, FromMemory>(size, packed + start * units, panels, units, gate);
+        run_tile<T, FromMemory>(size, packed + start * units, panels + units * kPanel, units, up);
         put_gated<T>(linear, gate, up, size, pair * kPanel, out + start * width);
       }
     }

@@ -1,10 +1,8 @@
-// Choosing tokens: the likeliest, or a draw from the softmax by Gumbel noise.
+// Choosing tokens: the likeliest, or a draw from the softmax, truncated or not, by Gumbel noise.
 //
 // The noise is that of `tandem_kernels/gumbel.py`, bit for bit up to the logarithms. They are taken
 // only where they can matter: noise is at most -log(u), and a token whose bound stays below the best
 // so far cannot win. Rows are cut into spans, so that one row keeps all threads busy.
-
-constexpr int64_t kSpan = 16384;
 
 struct Best {
   float value;
@@ -50,16 +48,14 @@ static inline float gumbel(float uniform) {
 }
 
 struct Draw {
-  const float* logits;
-  int64_t rows, vocab;
-  const float* temperatures;  // null: the likeliest
-  const int64_t* seeds;
-  const int64_t* positions;
-  int64_t* out;
-  Best* found;  // [rows][spans]
+  const Choice& choice;
+  Best* found;     // [2][rows][spans]: the likeliest, the drawn
+  float* lowest;   // [rows]: what truncation keeps at least, or null
+  float* scratch;  // [threads][3][vocab], where there is truncation
 };
 
-static Best draw_span(const Draw& d, int64_t row, float most, int64_t from, int64_t to) {
+static Best draw_span(const Choice& d, int64_t row, float most, float lowest, int64_t from,
+                      int64_t to) {
   const float* logits = d.logits + row * d.vocab;
   const uint64_t key = split_mix(split_mix(static_cast<uint64_t>(d.seeds[row])) +
                                  static_cast<uint64_t>(d.positions[row]));
@@ -73,6 +69,7 @@ static Best draw_span(const Draw& d, int64_t row, float most, int64_t from, int6
     vf scaled = splat(-__builtin_inff());
     __builtin_memcpy(&scaled, logits + i, static_cast<size_t>(count) * 4);
     scaled = (scaled - most) / temperature;
+    scaled = scaled >= lowest ? scaled : splat(-__builtin_inff());
     const vu token = lane + static_cast<uint32_t>(i);
     const vu bits = low_bias(low_bias(token * 0x9E3779B9u + low) ^ high);
     const vf uniform = (__builtin_convertvector((vi)(bits >> 1), vf) + 0.5f) * 0x1p-31f;
@@ -96,26 +93,36 @@ static Best best_of(const Best* found, int64_t count) {
 
 static void choose_region(Member& member, void* argument) {
   const Draw& d = *static_cast<const Draw*>(argument);
-  const int64_t spans = spans_of(d.vocab);
+  const Choice& c = d.choice;
+  const int64_t spans = spans_of(c.vocab);
   member.open();
-  for (int64_t task; (task = member.next()) < d.rows * spans;) {
+  for (int64_t task; (task = member.next()) < c.rows * spans;) {
     const int64_t from = task % spans * kSpan;
-    d.found[task] = likeliest(d.logits + task / spans * d.vocab, from, least_of(from + kSpan, d.vocab));
+    d.found[task] = likeliest(c.logits + task / spans * c.vocab, from, least_of(from + kSpan, c.vocab));
   }
   member.barrier();
-  if (d.temperatures == nullptr) {
+  if (c.temperatures == nullptr) {
     if (member.index() != 0) return;
-    for (int64_t row = 0; row < d.rows; ++row) d.out[row] = best_of(d.found + row * spans, spans).index;
+    for (int64_t row = 0; row < c.rows; ++row) c.out[row] = best_of(d.found + row * spans, spans).index;
     return;
   }
-  Best* drawn = d.found + d.rows * spans;
+  if (d.lowest != nullptr) {
+    member.open();
+    for (int64_t row; (row = member.next()) < c.rows;) {
+      d.lowest[row] = lowest_kept(c, row, best_of(d.found + row * spans, spans).value,
+                                  d.scratch + member.index() * 3 * c.vocab);
+    }
+    member.barrier();
+  }
+  Best* drawn = d.found + c.rows * spans;
   member.open();
-  for (int64_t task; (task = member.next()) < d.rows * spans;) {
+  for (int64_t task; (task = member.next()) < c.rows * spans;) {
     const int64_t row = task / spans, from = task % spans * kSpan;
     const float most = best_of(d.found + row * spans, spans).value;
-    drawn[task] = draw_span(d, row, most, from, least_of(from + kSpan, d.vocab));
+    const float lowest = d.lowest == nullptr ? -__builtin_inff() : d.lowest[row];
+    drawn[task] = draw_span(c, row, most, lowest, from, least_of(from + kSpan, c.vocab));
   }
   member.barrier();
   if (member.index() != 0) return;
-  for (int64_t row = 0; row < d.rows; ++row) d.out[row] = best_of(drawn + row * spans, spans).index;
+  for (int64_t row = 0; row < c.rows; ++row) c.out[row] = best_of(drawn + row * spans, spans).index;
 }

@@ -44,10 +44,30 @@ static inline uint16_t round_bits(float value) {
 static inline void narrow(float value, float* to) { *to = value; }
 static inline void narrow(float value, bf16* to) { to->bits = round_bits(value); }
 
+// The same for VW values that lie together.
+typedef uint16_t vh __attribute__((vector_size(VW * 2)));
+
+static inline vf widen_lanes(const float* from) { return load<vf>(from); }
+static inline vf widen_lanes(const bf16* from) {
+  return bits_as_float(__builtin_convertvector(load<vh>(from), vu) << 16);
+}
+
+static inline void narrow_lanes(vf value, float* to) { store(to, value); }
+static inline void narrow_lanes(vf value, bf16* to) {
+  const vu bits = (vu)value;
+  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vu nan = (vu)(value != value);
+  store(to, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vh));
+}
+
 // A unit is 32 bits: one float32, or two bfloat16 of neighbouring inputs.
 template <class T>
 constexpr int64_t kPerUnit = 4 / sizeof(T);
 
+#if VW == 16
+static inline float sum_lanes(vf value) { return _mm512_reduce_add_ps((__m512)value); }
+static inline float max_lanes(vf value) { return _mm512_reduce_max_ps((__m512)value); }
+#else
 static inline float sum_lanes(vf value) {
   float total = 0;
   for (int lane = 0; lane < VW; ++lane) total += value[lane];
@@ -59,6 +79,7 @@ static inline float max_lanes(vf value) {
   for (int lane = 1; lane < VW; ++lane) most = value[lane] > most ? value[lane] : most;
   return most;
 }
+#endif
 
 // e to the x, within two units in the last place; 0 below -87.3. Cephes' polynomial.
 static inline vf exp_lanes(vf x) {

@@ -47,27 +47,7 @@ class CompiledModel:
         """Read every tensor, or what `keep` has of them; raise `ModelLoadError` if the checkpoint
         does not fit the configuration."""
         context = cpu.Context(torch.get_num_threads())
-
-        def build(add: Callable[[str, Any], None]) -> None:
-            in_parallel(context.threads, _jobs(context, loader, config), add)
-            loader.checkpoint.check_all_read(
-                ignored=["lm_head.weight"] if config.tied_embeddings else []
-            )
-
-        parts = (keep(build) if keep is not None else None) or build_all(build)
-        embedding = parts["embedding"]
-        model = cpu.PackedModel(
-            layers=[parts[f"layers.{index}"] for index in range(config.num_layers)],
-            embedding=embedding,
-            final_norm=parts["final_norm"],
-            head=parts.get("head", embedding),
-            inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).contiguous(),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            inner=config.intermediate_size,
-            eps=config.rms_norm_eps,
-        )
+        model = load_packed(context, loader, config, keep)
         return cls(cpu.CompiledDecoder(context, model), tuple(group_ends))
 
     def forward(
@@ -91,6 +71,33 @@ class CompiledModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [rows, vocab_size] for final hidden states."""
         return self.decoder.logits(hidden)
+
+
+def load_packed(
+    context: cpu.Context, loader: Loader, config: DecoderConfig, keep: Keep | None = None
+) -> cpu.PackedModel:
+    """Read and pack every tensor, or take what `keep` has of them. Raises `ModelLoadError`."""
+
+    def build(add: Callable[[str, Any], None]) -> None:
+        in_parallel(context.threads, _jobs(context, loader, config), add)
+        loader.checkpoint.check_all_read(
+            ignored=["lm_head.weight"] if config.tied_embeddings else []
+        )
+
+    parts = (keep(build) if keep is not None else None) or build_all(build)
+    embedding = parts["embedding"]
+    return cpu.PackedModel(
+        layers=[parts[f"layers.{index}"] for index in range(config.num_layers)],
+        embedding=embedding,
+        final_norm=parts["final_norm"],
+        head=parts.get("head", embedding),
+        inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).contiguous(),
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        inner=config.intermediate_size,
+        eps=config.rms_norm_eps,
+    )
 
 
 def _jobs(

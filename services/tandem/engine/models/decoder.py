@@ -14,6 +14,7 @@ from torch.nn import functional
 from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.layers import Attention, FeedForward, Iteration, Linear, Loader, OnWritten
 from tandem.engine.models.rope import inverse_frequencies
+from tandem.engine.parallel.group import ALONE, RankGroup, own_rows
 from tandem.kvcache.storage import KVStorage
 from tandem_kernels import (
     REFERENCE_CHOICE,
@@ -57,9 +58,11 @@ class Decoder:
     final_norm: Tensor
     head: Linear
     inverse_frequencies: Tensor
+    ranks: RankGroup
+    """Who else computes a part of this model."""
 
     @classmethod
-    def load(cls, loader: Loader, config: DecoderConfig) -> Decoder:
+    def load(cls, loader: Loader, config: DecoderConfig, ranks: RankGroup = ALONE) -> Decoder:
         """Read every tensor; raise `ModelLoadError` if the checkpoint does not fit the
         configuration."""
         shape = (config.vocab_size, config.hidden_size)
@@ -77,6 +80,7 @@ class Decoder:
             final_norm=final_norm,
             head=Linear(head, None),
             inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(loader.device),
+            ranks=ranks,
         )
 
     def forward(
@@ -92,7 +96,7 @@ class Decoder:
         token_ids: int64 [tokens]; wanted_rows: int64 [rows], None for all. The last layer does
         nothing for the other rows once their KV is written. Result: [rows, hidden_size].
         """
-        x = functional.embedding(token_ids, self.embedding)
+        x = self._embed(token_ids)
         cos, sin = rotary_tables(batch.positions, self.inverse_frequencies, x.dtype)
         iteration = Iteration(batch, cos, sin)
         eps, last = self.config.rms_norm_eps, len(self.layers) - 1
@@ -107,9 +111,9 @@ class Decoder:
             seen = layer.attention.read(query, iteration, cache)
             if index == last and wanted_rows is not None:
                 seen, residual = seen[wanted_rows], residual[wanted_rows]
-            x = layer.attention.output(seen)
+            x = self.ranks.sum(layer.attention.output(seen))
             normed, residual = add_rms_norm(x, residual, layer.feed_forward_norm, eps)
-            x = layer.feed_forward(normed)
+            x = self.ranks.sum(layer.feed_forward(normed))
             following = self.final_norm if index == last else self.layers[index + 1].attention_norm
             normed, residual = add_rms_norm(x, residual, following, eps)
         return normed
@@ -120,5 +124,13 @@ class Decoder:
         return Choice(REFERENCE_CHOICE.argmax, sample_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 [rows, vocab_size] for final hidden states."""
-        return self.head(hidden).float()
+        """Return float32 [rows, vocab_size] for final hidden states; with several ranks, rank 0
+        gets the whole vocabulary's."""
+        return self.ranks.gather(self.head(hidden).float())
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """Return [tokens, hidden_size]."""
+        if self.ranks.shard.size == 1:
+            return functional.embedding(token_ids, self.embedding)
+        rows, ours = own_rows(token_ids, self.config.vocab_size, self.ranks.shard)
+        return self.ranks.sum(functional.embedding(rows, self.embedding) * ours[:, None])

@@ -10,6 +10,7 @@ import asyncio
 import random
 import uuid
 
+import grpc.aio
 import structlog
 
 from tandem.core.config import GatewayConfig
@@ -23,6 +24,8 @@ from tandem.gateway.dispatch.tokens import TokenStream
 from tandem.gateway.dispatch.traffic import Traffic
 from tandem.gateway.dispatch.view import ClusterView, Membership
 from tandem.gateway.interfaces import DispatchObserver, ModelInfo
+from tandem.tracing.buffer import TraceBuffer
+from tandem.tracing.service import serve_tracing
 from tandem.v1 import worker_pb2
 from tandem.wire.prefixes import prefix_events_from_proto
 
@@ -43,15 +46,20 @@ class Dispatcher:
         *,
         gateway_id: str | None = None,
         seed: int | None = None,
+        trace: TraceBuffer | None = None,
     ) -> None:
+        """`trace` is served at a port of its own, which the controller tells `tandem trace`."""
         self.gateway_id = gateway_id or f"gw-{uuid.uuid4().hex[:8]}"
+        self._trace = trace or TraceBuffer(self.gateway_id)
         rng = random.Random(seed)
         timeouts = StreamTimeouts(config.worker_timeout, config.progress_timeout)
         self._observer = observer
         self._pool = DecodePool(self.gateway_id, timeouts, self, rng)
         self._routing = Routing(config.router, self._pool, rng.getrandbits(32))
-        self._traffic = Traffic(config, self._routing, observer, self.gateway_id)
+        self._traffic = Traffic(config, self._routing, observer, self.gateway_id, self._trace)
         self._view = ClusterView(controller_address, self.gateway_id, self._membership, rng)
+        self._host = config.host
+        self._tracing: grpc.aio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -80,7 +88,8 @@ class Dispatcher:
 
     async def start(self) -> None:
         """Begin to watch the cluster. Returns at once, whether or not the cluster is there."""
-        self._watch = asyncio.create_task(self._view.run(), name="cluster watch")
+        self._tracing, port = await serve_tracing(self._trace, self._host)
+        self._watch = asyncio.create_task(self._view.run(port), name="cluster watch")
 
     async def close(self) -> None:
         """Fail what is in flight and end every stream and connection. Idempotent."""
@@ -89,6 +98,8 @@ class Dispatcher:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
+        if self._tracing is not None:
+            await self._tracing.stop(grace=None)
         await self._pool.close()
 
     # ---- events of the decode streams

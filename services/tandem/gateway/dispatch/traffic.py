@@ -27,6 +27,7 @@ from tandem.gateway.dispatch.parking import Parking
 from tandem.gateway.dispatch.routing import Routing, prefill_target
 from tandem.gateway.dispatch.stream import DecodeStream
 from tandem.gateway.interfaces import DispatchObserver
+from tandem.tracing.buffer import TraceBuffer
 from tandem.v1 import worker_pb2
 from tandem.wire import failed_to_error, request_to_submit
 
@@ -40,12 +41,18 @@ class Traffic:
     """All flights of one gateway."""
 
     def __init__(
-        self, config: GatewayConfig, routing: Routing, observer: DispatchObserver, gateway_id: str
+        self,
+        config: GatewayConfig,
+        routing: Routing,
+        observer: DispatchObserver,
+        gateway_id: str,
+        trace: TraceBuffer,
     ) -> None:
         self._config = config
         self._routing = routing
         self._observer = observer
         self._gateway_id = gateway_id
+        self._trace = trace
         self._flights: dict[str, Flight] = {}
         self._parking = Parking(config.no_worker_timeout, self._retry_parked, self._give_up)
         self._count = itertools.count()
@@ -202,6 +209,7 @@ class Traffic:
 
     def _dispatch(self, flight: Flight, *, elsewhere_only: bool = False) -> None:
         route = self._routing.assign(flight, avoid_strictly=elsewhere_only)
+        self._trace.stage(flight.wire_id, "routed")
         cause = flight.recovery
         request = flight.begin_attempt(route.stream, route.prefill)
         route.stream.attach()
@@ -211,6 +219,7 @@ class Traffic:
             self._leave_worker(flight)
             raise
         route.stream.send(worker_pb2.GatewayMessage(submit=submit))
+        self._trace.stage(flight.wire_id, "submitted")
         if cause is not None:
             self._observer.recovered(cause)
             log.info("request moved", **_names(flight), cause=cause, emitted=len(flight.emitted))

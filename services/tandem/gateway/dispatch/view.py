@@ -82,9 +82,11 @@ class ClusterView:
         self._on_change = on_change
         self._backoff = Backoff(rng)
         self._connected: bool | None = None
+        self._tracing_port = 0
 
-    async def run(self) -> None:
-        """Watch until cancelled."""
+    async def run(self, tracing_port: int = 0) -> None:
+        """Watch until cancelled. The controller learns where this gateway serves `Tracing`."""
+        self._tracing_port = tracing_port
         while True:
             try:
                 await self._watch()
@@ -98,7 +100,11 @@ class ClusterView:
     async def _watch(self) -> None:
         async with open_channel(self._address) as channel:
             stub = cluster_pb2_grpc.ClusterStub(channel)
-            call = stub.Watch(cluster_pb2.WatchRequest(gateway_id=self._gateway_id))
+            call = stub.Watch(
+                cluster_pb2.WatchRequest(
+                    gateway_id=self._gateway_id, tracing_port=self._tracing_port
+                )
+            )
             version = -1
             while True:
                 try:

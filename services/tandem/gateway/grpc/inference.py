@@ -35,7 +35,7 @@ class InferenceServicer:
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Stream the tokens of one prompt."""
-        arrival = time.perf_counter()
+        arrival = time.monotonic()
         check_request_id(request.request_id)
         model = await self._service.model(request.model)
         prompt = prompt_of(request)

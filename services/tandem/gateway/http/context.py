@@ -42,7 +42,7 @@ class RequestInfo:
     cache: Literal["hit", "miss"] | None = None
     """Whether the answer came from the response cache, where there is one; known with its first
     event, and said in the header `x-tandem-cache`."""
-    arrival: float = field(default_factory=time.perf_counter)
+    arrival: float = field(default_factory=time.monotonic)
     outcome: Outcome | None = None
     """Set where the HTTP status does not tell how it went: streams and clients that left."""
 

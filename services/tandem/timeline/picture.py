@@ -1,17 +1,16 @@
-"""What ran where and when, and a picture of it: one row per worker, one box per iteration.
+"""A still picture of a timeline for documents: one row per worker, one box per iteration.
 
-The picture is one SVG without outside parts. On its own it is readable anywhere; inside the page
-that `render_page` makes it can be zoomed and moved. Titles show on hover.
+One SVG without outside parts, readable anywhere; titles show on hover. What one can zoom and move
+is `page`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from html import escape
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-from tandem.core.sequence import IterationPlan
+from tandem.timeline.events import Iteration, Timeline, Transfer
 
 COLOURS = (
     "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1",
@@ -20,68 +19,16 @@ COLOURS = (
 _ROW, _GAP, _LEFT, _TOP = 64, 26, 92, 26
 
 
-class Part(NamedTuple):
-    """One sequence's share of an iteration. A decode step is one token."""
-
-    request: str
-    start: int
-    length: int
-
-
-class Iteration(NamedTuple):
-    """One box."""
-
-    worker: str
-    began: float
-    ended: float
-    parts: tuple[Part, ...]
-
-
-class Transfer(NamedTuple):
-    """KV of one chunk on its way."""
-
-    sender: str
-    receiver: str
-    request: str
-    began: float
-    ended: float
-
-
-@dataclass
-class Recorder:
-    """Keeps what happens in the first `until` seconds."""
-
-    until: float = float("inf")
-    iterations: list[Iteration] = field(default_factory=list)
-    transfers: list[Transfer] = field(default_factory=list)
-
-    def iteration(self, worker: str, began: float, ended: float, plan: IterationPlan) -> None:
-        """Note an iteration."""
-        if began <= self.until:
-            parts = tuple(
-                Part(chunk.sequence.request.request_id, chunk.start, chunk.length)
-                for chunk in plan.chunks
-            )
-            self.iterations.append(Iteration(worker, began, ended, parts))
-
-    def transfer(
-        self, sender: str, receiver: str, request: str, began: float, ended: float
-    ) -> None:
-        """Note KV on its way."""
-        if began <= self.until:
-            self.transfers.append(Transfer(sender, receiver, request, began, ended))
-
-
 def render_svg(
-    recorder: Recorder,
+    timeline: Timeline,
     workers: list[str],
     width: int = 900,
     seconds: float | None = None,
     start: float = 0.0,
 ) -> str:
     """Return the picture, `width` pixels wide, of `seconds` (default: all) from `start` on."""
-    iterations = [_moved(box, start) for box in recorder.iterations if box.began >= start]
-    transfers = [_moved(wire, start) for wire in recorder.transfers if wire.began >= start]
+    iterations = [_moved(box, start) for box in timeline.iterations if box.began >= start]
+    transfers = [_moved(wire, start) for wire in timeline.transfers if wire.began >= start]
     ends = [box.ended for box in iterations] + [wire.ended for wire in transfers]
     span = seconds or max(ends, default=1.0)
     scale = (width - _LEFT - 8) / span
@@ -122,14 +69,14 @@ def _box(box: Iteration, top: float, scale: float) -> str:
     pieces, y = [], top
     lines = [f"{box.worker} {box.began * 1e3:.1f}-{box.ended * 1e3:.1f} ms"]
     for part, weight in zip(box.parts, weights, strict=True):
-        kind = "decode" if part.length == 1 else f"prompt {part.start}-{part.start + part.length}"
+        kind = "decode" if part.is_decode else f"prompt {part.start}-{part.start + part.length}"
         lines.append(f"{part.request}: {kind}")
-        shade = ' fill-opacity="0.55"' if part.length == 1 else ""
+        shade = ' fill-opacity="0.55"' if part.is_decode else ""
         height = weight * unit
         pieces.append(f'<rect x="{left:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" '
                       f'fill="{colour_of(part.request)}"{shade}/>')  # fmt: skip
         if width > 22 and height > 11:
-            label = part.request if part.length == 1 else f"{part.request} +{part.length}"
+            label = part.request if part.is_decode else f"{part.request} +{part.length}"
             if len(label) * 6.2 < width:
                 pieces.append(f'<text x="{left + width / 2:.2f}" y="{y + height / 2 + 4:.2f}" '
                               f'class="l">{escape(label)}</text>')  # fmt: skip

@@ -1,0 +1,198 @@
+"""The measurement as a whole: which experiments, and the profile that they give.
+
+What an iteration costs is measured between tokens, what a message costs by comparing prompts that
+the decode worker computes itself with those that go to the prefill worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+from tandem.core.errors import ConfigError
+from tandem.profiler.experiments import (
+    MOST_STEPS,
+    Batch,
+    Prompts,
+    decode_batch,
+    lone_iterations,
+)
+from tandem.profiler.fit import Fit, Sample, fit_link, fit_samples
+from tandem.profiler.machine import describe_machine, describe_versions, today
+from tandem.profiler.stream import complete
+from tandem.profiler.target import Target
+from tandem.simulator.profile import (
+    IterationCost,
+    LinkCost,
+    Measured,
+    Profile,
+    SharedMachine,
+)
+
+Say = Callable[[str], None]
+_PROMPTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_BATCHES = ((1, 16), (2, 16), (4, 16), (8, 16), (16, 16), (1, 384), (4, 384))
+"""(sequences, tokens of context) of the batches that decode."""
+_REPEATS, _REPEATS_OF_LONG, _LONG = 5, 3, 256
+_SIDE_PROMPT, _SIDE_PROMPTS, _SIDE_BATCH = 256, 4, (4, 16)
+_JITTERS = 40
+
+
+@dataclass
+class Measurements:
+    """What the experiments gave."""
+
+    samples: list[Sample] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+    wire: list[tuple[int, float, float]] = field(default_factory=list)
+    """(pieces, bytes, seconds) of the KV of one prompt."""
+    sent_tokens: int = 0
+    lone: dict[int, float] = field(default_factory=dict)
+    """TTFT of a prompt by its length."""
+
+
+async def measure_profile(target: Target, name: str, say: Say) -> Profile:
+    """Run every experiment on a cluster that does nothing else, and fit.
+
+    Raises `UnavailableError` when the cluster stops answering, `FitError` when the measurements
+    determine nothing, `ConfigError` when the cluster is too small to be measured.
+    """
+    prompts, found = Prompts(target.vocab_size), Measurements()
+    await complete(target.endpoint, prompts.draw(_PROMPTS[2] + 1), 4)  # opens streams and links
+    for length in _lengths(target):
+        await _lone_prompts(target, prompts, length, found)
+        say(f"prompt of {length} tokens: {found.lone[length] * 1e3:.1f} ms to the first token")
+    for size, context in _batches(target):
+        batch = await _batch(target, prompts, size, context)
+        found.batches.append(batch)
+        found.samples.append(Sample(batch.mean, (batch.work,)))
+        say(f"{size} sequences of {context} tokens: {batch.mean * 1e3:.2f} ms a step")
+    fit = fit_samples(found.samples)
+    shared = SharedMachine()
+    if target.prefill is not None:
+        shared = await _beside_each_other(target, prompts, found, fit)
+        say(f"beside each other: prefill x{shared.prefill:.2f}, decode x{shared.decode:.2f}")
+    return _profile(target, name, found, fit, shared)
+
+
+def _lengths(target: Target) -> list[int]:
+    """Prompts that fit the model, the blocks and the context."""
+    most = min(target.max_model_len, target.decode.blocks_total * target.config.cache.block_size)
+    lengths = [length for length in _PROMPTS if length + 2 <= most]
+    if len(lengths) < 3:
+        raise ConfigError(f"a sequence may have {most} tokens; a profile needs at least 34")
+    return lengths
+
+
+def _batches(target: Target) -> list[tuple[int, int]]:
+    """Batches that the scheduler runs together and the blocks hold, with room to grow."""
+    block_size, limit = target.config.cache.block_size, target.config.scheduler.max_running
+    tokens = target.decode.blocks_total * block_size
+    return [
+        (size, context)
+        for size, context in _BATCHES
+        if size <= limit
+        and size * (2 * context + 2 * MOST_STEPS) <= tokens
+        and context + 2 * MOST_STEPS <= target.max_model_len
+    ]
+
+
+async def _lone_prompts(target: Target, prompts: Prompts, length: int, found: Measurements) -> None:
+    """Measure the way to the first token, and what its KV took on the wire."""
+    remote = target.prefill is not None and length > target.config.worker.local_prefill_max_tokens
+    works = lone_iterations(target.config, "prefill" if remote else "decode", length)
+    times = []
+    for _ in range(_REPEATS if length < _LONG else _REPEATS_OF_LONG):
+        before = await asyncio.to_thread(target.received)
+        stream = await complete(target.endpoint, prompts.draw(length), 1 + remote)
+        times.append(stream.ttft)  # a second token comes only when all KV has landed
+        after = await asyncio.to_thread(target.received)
+        if remote:
+            pieces = len(works) * target.layer_groups
+            found.wire.append((pieces, after[0] - before[0], after[1] - before[1]))
+            found.sent_tokens += length
+    found.lone[length] = median(times)
+    messages = 0 if target.prefill is None else 4 if remote else 2
+    found.samples.append(Sample(median(times), works, requests=1, messages=messages))
+
+
+async def _batch(target: Target, prompts: Prompts, size: int, context: int) -> Batch:
+    drawn = [prompts.draw(context) for _ in range(size)]
+    most = target.max_model_len - context - 1
+    batch = await decode_batch(target.endpoint, drawn, most)
+    await target.until_idle()
+    return batch
+
+
+async def _beside_each_other(
+    target: Target, prompts: Prompts, found: Measurements, fit: Fit
+) -> SharedMachine:
+    """Measure how much longer iterations of one worker take while the other computes."""
+    size, context = _SIDE_BATCH
+    length = min(_SIDE_PROMPT, max(found.lone))
+    times: list[float] = []
+
+    async def compute_prompts() -> None:
+        for prompt in [prompts.draw(length) for _ in range(_SIDE_PROMPTS)]:
+            stream = await complete(target.endpoint, prompt, 1)
+            times.append(stream.ttft)
+
+    drawn = [prompts.draw(context) for _ in range(size)]
+    most = target.max_model_len - context - 1
+    batch = await decode_batch(target.endpoint, drawn, most, compute_prompts)
+    await target.until_idle()
+    alone = fit.seconds(Sample(1.0, (batch.work,)))
+    return SharedMachine(
+        workers=2,
+        prefill=max(1.0, fmean(times) / found.lone[length]),
+        decode=max(1.0, batch.mean / alone),
+    )
+
+
+def _profile(
+    target: Target, name: str, found: Measurements, fit: Fit, shared: SharedMachine
+) -> Profile:
+    costs = fit.costs
+    link = None
+    if found.wire:
+        speed, latency = fit_link(found.wire)
+        per_token = sum(size for _, size, _ in found.wire) / found.sent_tokens
+        link = LinkCost(
+            bytes_per_second=speed,
+            latency=latency,
+            kv_bytes_per_token=per_token,
+            layer_groups=target.layer_groups,
+        )
+    iteration = {term: costs[term] for term in IterationCost.model_fields if term in costs}
+    machine, versions = describe_machine(), describe_versions()
+    return Profile(
+        name=name,
+        source=f"tandem profile on {machine['cpu']}, {target.decode.device}",
+        iteration=IterationCost(**iteration, jitter=_jitter(found.batches)),
+        link=link,
+        rpc_seconds=costs["rpc"],
+        gateway_seconds=costs["gateway"],
+        shared=shared,
+        num_blocks=target.decode.blocks_total,
+        max_model_len=target.max_model_len,
+        measured=Measured(
+            date=today(),
+            machine=machine,
+            versions=versions,
+            model=target.endpoint.model,
+            samples=len(found.samples),
+            fit_error_p50=fit.error_p50,
+            fit_error_max=fit.error_max,
+        ),
+    )
+
+
+def _jitter(batches: list[Batch]) -> tuple[float, ...]:
+    """Return equally likely deviations of a step from the mean of its batch, in seconds."""
+    deviations = sorted(gap - batch.mean for batch in batches for gap in batch.gaps)
+    count = min(_JITTERS, len(deviations))
+    return tuple(
+        deviations[(2 * index + 1) * len(deviations) // (2 * count)] for index in range(count)
+    )

@@ -1,0 +1,74 @@
+"""Many decode steps of one unchanged batch at once, with the state that single steps would leave.
+
+While nobody waits and every running sequence decodes, most policies make the same iteration again
+and again. `steady_steps` says how often that is certain, and `repeat` does it. The simulator leaps
+over such stretches; a worker, which has to compute them, has no use for it.
+"""
+
+from __future__ import annotations
+
+from tandem.core.sequence import IterationPlan, ScheduledChunk
+from tandem.scheduler.policies import Policy
+from tandem.scheduler.scheduler import Scheduler, holder_of
+
+
+def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
+    """Return how often the iteration of `plan`, which is under way, is followed by an equal one, up
+    to `most`, as long as nobody touches the scheduler.
+
+    In all of them but the last no sequence reaches its `max_len`; nobody is preempted for them.
+    """
+    if scheduler.waiting or len(plan.chunks) != len(scheduler.running):
+        return 0
+    if not plan.chunks or not _is_indifferent(scheduler.policy):
+        return 0
+    if scheduler.prompt_room is not None:  # lending learns from every iteration
+        return 0
+    steps = most
+    for chunk in plan.chunks:
+        sequence = chunk.sequence
+        if chunk.length != 1 or not chunk.samples:
+            return 0
+        steps = min(steps, sequence.request.max_len - sequence.num_tokens - 1)
+    while steps > 0 and _blocks_missing(scheduler, plan, steps) > scheduler.pool.num_free:
+        steps //= 2
+    return max(steps, 0)
+
+
+def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int) -> IterationPlan:
+    """End the iteration of `plan` and begin the next, so often; each draws `token_id` for everyone.
+
+    The same as `advance`, `append` and `schedule`, so often; `steady_steps` must have allowed it.
+    Returns the iteration that is under way then.
+    """
+    pool, size = scheduler.pool, scheduler.pool.block_size
+    filled: list[tuple[int, int, int]] = []
+    for place, chunk in enumerate(plan.chunks):
+        sequence, start = chunk.sequence, chunk.start
+        missing = -(-(start + 1 + steps) // size) - len(sequence.block_table)
+        if missing > 0:
+            sequence.block_table.extend(pool.allocate(missing, holder_of(sequence)))
+        sequence.num_computed = start + steps
+        sequence.token_ids.extend([token_id] * steps)
+        if pool.prefix_cache:
+            blocks = range(start // size, (start + steps) // size)
+            filled += [((block + 1) * size - start, place, block) for block in blocks]
+    for _, place, block in sorted(filled):  # in the order in which single steps fill them
+        scheduler.publish(plan.chunks[place].sequence, block * size, (block + 1) * size)
+    return IterationPlan(
+        tuple(ScheduledChunk(chunk.sequence, chunk.start + steps, 1) for chunk in plan.chunks)
+    )
+
+
+def _blocks_missing(scheduler: Scheduler, plan: IterationPlan, steps: int) -> int:
+    size = scheduler.pool.block_size
+    return sum(
+        max(0, -(-(chunk.end + steps) // size) - len(chunk.sequence.block_table))
+        for chunk in plan.chunks
+    )
+
+
+def _is_indifferent(policy: Policy) -> bool:
+    """Whether the policy neither counts iterations nor learns from what they take."""
+    kind = type(policy)
+    return kind.planned is Policy.planned and kind.measured is Policy.measured
