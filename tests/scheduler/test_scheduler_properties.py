@@ -8,6 +8,7 @@ With `ahead`, it plans each iteration while the one before is under way, as the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -18,8 +19,10 @@ from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.kvcache.block_pool import BlockPool
+from tandem.kvcache.host_tier import BlockCopy, HostTier
 from tandem.scheduler import Scheduler
 from tandem.scheduler.policies import POLICIES
+from tandem.scheduler.preemption import WAYS, Options, Way
 
 MAX_MODEL_LEN = 40
 
@@ -69,6 +72,9 @@ class Worker:
     content: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     legs: dict[str, tuple[list[int], int]] = field(default_factory=dict)  # leg -> blocks, until
     finished: list[Sequence] = field(default_factory=list)
+    copies: list[tuple[int, BlockCopy]] = field(default_factory=list)  # and when they end
+    in_host: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    resumed: dict[Sequence, dict[Sequence, int]] = field(default_factory=dict)
     now: int = 0
 
     def submit(self, arrival: int, details: Arrival) -> None:
@@ -93,6 +99,7 @@ class Worker:
         first = min(self.scheduler.running, key=self.scheduler.policy.precedence, default=None)
         plan = self.scheduler.schedule(float(self.now))
         self.check_plan(plan)
+        self.copy()
         if self.scheduler.config.policy == "chunked_prefill":
             self.check_default_plan(plan, waiting_before)
         assert first not in plan.preempted or len(self.scheduler.running) == 0
@@ -102,6 +109,9 @@ class Worker:
         keep = int(self.ahead and bool(plan.chunks) and not self.scheduler.must_settle)
         while len(self.under_way) > keep:
             self.settle(self.under_way.pop(0))
+        for seq in plan.admitted:
+            if seq.was_preempted:
+                self.resumed[seq] = {s: s.num_computed for s in self.details}
         for seq in plan.preempted:
             seq.remote = self.details[seq].remote and seq.arrival % 2 == 0
             self.scheduler.add(seq)
@@ -113,6 +123,24 @@ class Worker:
         size, sequences = self.scheduler.pool.block_size, self.scheduler.num_running
         assert self.scheduler.num_unused_slots <= sequences * (size - 1)
         return plan
+
+    def copy(self) -> None:
+        """Copies end some steps after they began; what they write appears all at once, at the end,
+        and what they read must not have changed since."""
+        for copy in self.scheduler.take_copies():
+            self.copies.append((self.now + copy.number % 3, copy))
+        while self.copies and self.copies[0][0] <= self.now:
+            _, copy = self.copies.pop(0)
+            for pair in zip(copy.device_blocks, copy.host_blocks, strict=True):
+                self.copy_block(*pair, to_host=copy.to_host)
+            self.scheduler.copied(copy, 0.001, succeeded=copy.number % 5 != 0)
+
+    def copy_block(self, on_device: int, in_host: int, *, to_host: bool) -> None:
+        for offset in range(self.block_size):
+            if to_host:
+                self.in_host[in_host, offset] = self.content.get((on_device, offset), ())
+            else:
+                self.content[on_device, offset] = self.in_host[in_host, offset]
 
     def settle(self, plan: IterationPlan) -> None:
         """The end of an iteration: KV is written, tokens come out, for some there is no reader."""
@@ -182,6 +210,11 @@ class Worker:
     def receive(self) -> None:
         """KV lands for those that wait for it; the last piece brings the next token."""
         for seq in tuple(self.scheduler.receiving):
+            if self.scheduler.is_restoring(seq):
+                continue
+            if not seq.remote:
+                self.scheduler.fall_back(seq)
+                continue
             details = self.details[seq]
             start = seq.num_computed
             end = min(start + details.lands_per_step, seq.num_tokens)
@@ -210,7 +243,12 @@ def simulate(worker: Worker, arrivals: list[Arrival]) -> list[Sequence]:
     pending = sorted(enumerate(arrivals), key=lambda item: item[1].step)
     scheduler = worker.scheduler
     while (
-        pending or scheduler.num_waiting or scheduler.num_running or worker.legs or worker.under_way
+        pending
+        or scheduler.num_waiting
+        or scheduler.num_running
+        or worker.legs
+        or worker.under_way
+        or worker.copies
     ):
         while pending and pending[0][1].step <= worker.now:
             worker.submit(*pending.pop(0))
@@ -229,6 +267,7 @@ def make_worker(
     prefix_cache: bool,
     policy: str = "",
     ahead: bool = False,
+    host_blocks: int = 0,
     **limits: int,
 ) -> Worker:
     pool = BlockPool(num_blocks, block_size, prefix_cache)
@@ -243,7 +282,17 @@ def make_worker(
         itl_objective=0.02,
         **limits,
     )
-    return Worker(Scheduler(config, pool, MAX_MODEL_LEN), block_size, ahead)
+    tier = HostTier(pool, host_blocks, spills=True) if host_blocks else None
+    return Worker(Scheduler(config, pool, MAX_MODEL_LEN, host_tier=tier), block_size, ahead)
+
+
+def force(worker: Worker, rng: Random) -> None:
+    """Let chance choose among the ways out that are possible."""
+
+    def choose(options: Options) -> Way:
+        return rng.choice([way for way in WAYS if getattr(options, way) is not None])
+
+    worker.scheduler.preemption.choose = choose  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -256,6 +305,8 @@ def make_worker(
     chunk_size=st.integers(1, 12),
     max_running=st.integers(1, 8),
     ahead=st.booleans(),
+    host_blocks=st.integers(0, 24),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=50)
 def test_every_admitted_request_ends_and_nothing_leaks(
@@ -268,6 +319,8 @@ def test_every_admitted_request_ends_and_nothing_leaks(
     chunk_size: int,
     max_running: int,
     ahead: bool,
+    host_blocks: int,
+    seed: int,
 ) -> None:
     longest = max(min(a.prompt_len + a.max_tokens, MAX_MODEL_LEN) for a in arrivals)
     worker = make_worker(
@@ -276,15 +329,21 @@ def test_every_admitted_request_ends_and_nothing_leaks(
         prefix_cache,
         policy,
         ahead,
+        host_blocks,
         max_batch_tokens=max_batch_tokens,
         chunk_size=chunk_size,
         max_running=max_running,
     )
+    force(worker, Random(seed))
     sequences = simulate(worker, arrivals)
     pool = worker.scheduler.pool
     assert len(sequences) == len(arrivals)
     assert sorted(seq.arrival for seq in worker.finished) == list(range(len(arrivals)))
     assert (pool.num_used, pool.holders()) == (0, {})
+    if worker.scheduler.host_tier is not None:
+        in_host = worker.scheduler.host_tier.pool
+        in_host.check_integrity()
+        assert (in_host.num_used, in_host.holders()) == (0, {})
     for seq in sequences:
         assert seq.phase == "finished"
         if seq.finish_reason == "length":
@@ -322,24 +381,20 @@ def test_the_same_arrivals_give_the_same_plans(
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_tiny_pool_preempts_again_and_again_and_still_finishes_everything(ahead: bool) -> None:
+@pytest.mark.parametrize("host_blocks", [0, 64])
+def test_a_tiny_pool_preempts_again_and_again_and_still_finishes_everything(
+    ahead: bool, host_blocks: int
+) -> None:
     arrivals = [
         Arrival(0, 8, 14, 0, remote, 0, None, 3, None, False)
         for remote in (False, True, False, True, False, False)
     ]
-    worker = make_worker(13, 2, True, ahead=ahead, max_batch_tokens=8, chunk_size=4, max_running=6)
-    preempted = 0
-    step = worker.step
-
-    def count() -> IterationPlan:
-        nonlocal preempted
-        plan = step()
-        preempted += len(plan.preempted)
-        return plan
-
-    worker.step = count  # type: ignore[method-assign]
+    worker = make_worker(
+        13, 2, True, "", ahead, host_blocks, max_batch_tokens=8, chunk_size=4, max_running=6
+    )
+    force(worker, Random(1))
     sequences = simulate(worker, arrivals)
-    assert preempted >= 3
+    assert sum(worker.scheduler.num_preempted.values()) >= 3
     outputs = {tuple(seq.token_ids) for seq in sequences}
     assert len(outputs) == 1, "preemption changed somebody's tokens"
     assert worker.scheduler.pool.num_used == 0

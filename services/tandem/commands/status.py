@@ -92,6 +92,11 @@ def _worker_dict(worker: cluster_pb2.WorkerStatus) -> dict[str, object]:
         "lent_tokens": worker.lent_tokens,
         "policy": worker.policy,
         "kernels": worker.kernels,
+        "preemptions": dict(worker.preemptions),
+        "host_blocks_used": worker.host_blocks_used,
+        "host_blocks_cached": worker.host_blocks_cached,
+        "host_blocks_total": worker.host_blocks_total,
+        "host_blocks_copied": dict(worker.host_blocks_copied),
         "tensor_parallel": worker.tensor_parallel,
         "kv_capacity": worker.kv_capacity,
         "restarts": worker.restarts,
@@ -166,6 +171,12 @@ def _note(worker: cluster_pb2.WorkerStatus, *, many_nodes: bool) -> Text:
         lent = f"{worker.lent_requests} requests, {worker.lent_tokens} {kind} tokens"
         notes.append(f"lent to the other pool: {lent}")
     notes += [worker.detail] if worker.detail else []
+    if sum(worker.host_blocks_copied.values()):
+        used, cached = worker.host_blocks_used, worker.host_blocks_cached
+        notes += [f"host blocks {used}/{cached}/{worker.host_blocks_total}"]
+    gave_way = {way: number for way, number in sorted(worker.preemptions.items()) if number}
+    if gave_way:
+        notes += ["preempted " + ", ".join(f"{way} {n}" for way, n in gave_way.items())]
     return Text(f"{worker.name}: {', '.join(notes)}" if notes else "", style="dim")
 
 

@@ -55,6 +55,17 @@ class CacheConfig(_Frozen):
         "0: 0.85 on CUDA, 0.5 on CPU",
     )
     prefix_cache: bool = Field(True, description="keep the blocks of finished prompts for reuse")
+    host_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes of host memory per worker that the prefix cache may spill into; 0: none",
+    )
+    swap_memory_bytes: int = Field(
+        64 * 2**20,
+        ge=0,
+        description="bytes of host memory per worker that preempted sequences may take, whatever "
+        "host_memory_bytes is; the larger of the two is set aside, and used for both",
+    )
 
 
 class SchedulerConfig(_Frozen):
@@ -77,6 +88,12 @@ class SchedulerConfig(_Frozen):
     overlap: Literal["auto", "on", "off"] = Field(
         "auto",
         description="decode workers schedule the next iteration while one computes; auto: on CUDA",
+    )
+    preemption: Literal["auto", "refill", "swap", "wait"] = Field(
+        "auto",
+        description="what happens when blocks run out: swap: the last sequence's KV is copied to "
+        "host memory and back; refill: dropped and computed again; wait: for a sequence that is "
+        "sure to end; auto: the cheapest by estimate",
     )
     batch_size: int = Field(8, ge=1, description="static_batching: members of a group")
     batch_wait: float = Field(

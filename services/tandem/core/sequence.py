@@ -19,8 +19,8 @@ class Sequence:
         waiting --admit--> running --sample ... --> finished
            |                  |  ^
            |                  v  | requeue
-           |               preempted
-           +--admit (remote)--> receiving --KV landed--> running
+           |               preempted (or, with its KV in host memory, at once waiting)
+           +--admit (remote, or KV to copy back)--> receiving --KV landed--> running
 
     `token_ids[:num_computed]` have their KV in `block_table`, or get it in an iteration under way;
     everything after is still to be computed. An iteration under way may also draw tokens that are
@@ -44,6 +44,10 @@ class Sequence:
     """Iterations under way that write its blocks: until they have ended, these are not free."""
     num_cached: int = 0
     """Tokens found in the prefix cache when it was last admitted."""
+    host_blocks: list[int] = field(default_factory=list)
+    """Blocks of the host tier with its first `num_in_host` tokens, while it is swapped out."""
+    num_in_host: int = 0
+    was_preempted: bool = False
     arrived_at: float = 0.0
     """When it came to this worker, on the clock whose time `Scheduler.schedule` is given."""
     planned_at: float = 0.0

@@ -53,6 +53,9 @@ class Leg:
     """Where the peer stopped, once it has said so."""
     first_token_at: float | None = None
     last_piece_at: float = 0.0
+    granted_at: float = 0.0
+    num_granted: int = 0
+    """Tokens whose KV it was granted to bring."""
     last_event_at: float = 0.0
     """When anything was last heard of it, once it is granted."""
     transfer_seconds: float = 0.0

@@ -275,8 +275,9 @@ class Handoff:
         held = min(sequence.num_computed, leg.num_tokens - 1)
         leg.phase = "granted"
         runtime.trace.stage(active.request.request_id, "granted")
-        leg.last_event_at = time.monotonic()
+        leg.granted_at = leg.last_event_at = time.monotonic()
         leg.held = held
+        leg.num_granted = leg.num_tokens - held
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
         self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
         # A kept leg may have grown: whatever of it has room is welcome.
@@ -359,6 +360,8 @@ class Handoff:
         if leg.landing.contiguous < leg.num_tokens:
             return
         runtime = self._runtime
+        seconds = time.monotonic() - leg.granted_at
+        runtime.scheduler.preemption.prefilled(leg.num_granted, seconds)
         runtime.trace.stage(active.request.request_id, "landed", leg.last_piece_at)
         exposed = max(0.0, leg.last_piece_at - leg.first_token_at)
         runtime.metrics.observe_stage("transfer", leg.transfer_seconds)

@@ -136,7 +136,8 @@ class Lender:
         """Every prompt of this worker in the order in which its place serves it."""
         scheduler = self._runtime.scheduler
         for sequence in (*scheduler.running, *scheduler.waiting):
-            if not sequence.remote and sequence.num_uncomputed > 1:
+            is_swapped = bool(sequence.host_blocks)
+            if not sequence.remote and sequence.num_uncomputed > 1 and not is_swapped:
                 active = self._owner.request_of(sequence)
                 yield self._prompt(active, sequence.num_computed, is_here=True)
         for active, leg in self._handoff.movable_legs():

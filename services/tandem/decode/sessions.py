@@ -15,7 +15,9 @@ import grpc.aio
 import structlog
 
 from tandem.core.errors import StaleError
+from tandem.kvcache.prefix_journal import JournalReader, PrefixJournal
 from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.wire.prefixes import prefix_events_to_proto
 from tandem.worker.event_loop import Outbox
 from tandem.worker.liveness import check_incarnation
 from tandem.worker.runtime import WorkerRuntime
@@ -44,6 +46,7 @@ class GatewaySession:
         self.gateway_id = gateway_id
         self._incarnation = incarnation
         self._outbox = outbox
+        self._prefixes: JournalReader | None = None
         self._pending: list[worker_pb2.SequenceOutput] = []
 
     def emit(self, output: worker_pb2.SequenceOutput) -> None:
@@ -65,6 +68,19 @@ class GatewaySession:
 
     def heartbeat(self, message: worker_pb2.Heartbeat) -> None:
         self._send(worker_pb2.DecodeMessage(heartbeat=message))
+
+    def report_prefixes(self, journal: PrefixJournal, host_value: float) -> None:
+        """Say what became of this worker's cached prefixes since the last call. Engine thread."""
+        if self._prefixes is None:
+            self._prefixes = JournalReader(journal)
+        events = self._prefixes.read(host_value)
+        if events is not None:
+            self._send(worker_pb2.DecodeMessage(prefixes=prefix_events_to_proto(events)))
+
+    def resync_prefixes(self) -> None:
+        """The gateway has lost its place: begin again. Engine thread."""
+        if self._prefixes is not None:
+            self._prefixes.restart()
 
     def close(self) -> None:
         """End the stream, as when this incarnation is burnt."""
@@ -133,6 +149,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                         post(handler.cancel, session, message.cancel)
                     case "reassign":
                         post(handler.reassign, session, message.reassign)
+                    case "resync":
+                        post(session.resync_prefixes)
                     case kind:
                         log.warning("unexpected message", gateway=session.gateway_id, kind=kind)
         finally:

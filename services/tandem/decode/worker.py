@@ -128,6 +128,7 @@ class DecodeWorker:
             self._preempted(self._by_sequence[sequence])
         for sequence in plan.admitted:
             self._admitted(self._by_sequence[sequence])
+        self._runtime.start_copies()
         if self._runtime.scheduler.num_waiting:
             self._lender.keep_where_it_is()
         settled = self._pipeline.run(plan)
@@ -142,6 +143,9 @@ class DecodeWorker:
         """Apply the deadlines of the queue, of a prefill elsewhere and of a reassignment."""
         now, config = time.monotonic(), self._runtime.config.worker
         self._handoff.tick(now)
+        host_value = self._runtime.scheduler.preemption.host_value
+        for session in self._sessions:
+            session.report_prefixes(self._runtime.journal, host_value)
         for active in list(self._active.values()):
             since = active.awaiting_reassign_since
             if since is not None and now - since > config.reassign_timeout:
@@ -222,6 +226,8 @@ class DecodeWorker:
     def _prefill(self, active: ActiveRequest) -> None:
         """Send a sequence where the KV of its tokens is to be made."""
         sequence = active.sequence
+        if self._runtime.scheduler.is_restoring(sequence):
+            return  # `restored` asks again
         have = sequence.num_computed or self._runtime.scheduler.peek_cached(sequence)
         is_here = active.target is None or not self._is_worth_remote(sequence.num_tokens - have)
         if self._lender.is_sooner_elsewhere(active, have, is_here=is_here):
@@ -243,6 +249,8 @@ class DecodeWorker:
         sequence = active.sequence
         active.prefill_worker = ""
         sequence.remote = False
+        if self._runtime.scheduler.is_restoring(sequence):
+            return  # `restored` lets it go on
         if sequence.phase == "receiving":
             self._runtime.scheduler.fall_back(sequence)
         else:
@@ -256,15 +264,24 @@ class DecodeWorker:
     def _admitted(self, active: ActiveRequest) -> None:
         sequence = active.sequence
         self._runtime.count_prefix_lookup(sequence)
-        if sequence.remote:
+        if sequence.remote and not self._runtime.scheduler.is_restoring(sequence):
             self._handoff.admitted(active)
         if active.leg is None:  # prefilled here
             active.started_at = active.started_at or time.monotonic()
             if active.cached_tokens is None:
                 active.cached_tokens = min(sequence.num_cached, active.request.prompt_len)
 
+    def restored(self, sequence: Sequence) -> None:
+        """What host memory had of a sequence is in its blocks."""
+        active = self._by_sequence[sequence]
+        if not sequence.remote:
+            self._runtime.scheduler.fall_back(sequence)
+        elif active.leg is not None:
+            self._handoff.admitted(active)
+        elif active.awaiting_reassign_since is None:
+            self._prefill(active)
+
     def _preempted(self, active: ActiveRequest) -> None:
-        self._runtime.metrics.preemptions.inc()
         self._runtime.trace.stage(active.request.request_id, "preempted")
         log.info("preempted", request=active.request.request_id, tokens=active.sequence.num_tokens)
         self._prefill(active)

@@ -6,6 +6,9 @@ Every block is in exactly one of three places:
     used    -- a request holds it, or a transfer that reads or writes it, or both
     cached  -- nobody holds it, but its prefix is published; the least recently used goes first
 
+A cached block that is being copied is *pinned*: it keeps its place in that line, but is passed
+over.
+
 Invariant: a block leaves `used` only when neither kind of owner holds it. So a cancelled request
 never frees a block that is still under a write.
 """
@@ -14,11 +17,24 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from tandem.core.errors import IntegrityError, TandemError
 
 Owner = Literal["request", "transfer"]
+
+
+class CacheListener(Protocol):
+    """Hears what becomes of the blocks that can be found by their prefix."""
+
+    def published(self, block_hash: bytes) -> None:
+        """A block can be found by this hash from now on."""
+
+    def cached(self, block: int) -> None:
+        """Nobody holds a published block any more: it may be evicted."""
+
+    def evicted(self, block_hash: bytes) -> None:
+        """The hash finds nothing any more."""
 
 
 class OutOfBlocksError(TandemError):
@@ -48,17 +64,31 @@ class BlockPool:
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._parent_of: dict[int, bytes] = {}
+        self._pinned: set[int] = set()
+        self.listeners: list[CacheListener] = []
 
     # ------------------------------------------------------------------ counts
 
     @property
     def num_free(self) -> int:
         """Blocks obtainable now: free ones and cached ones."""
-        return self.num_blocks - self._num_touched + len(self._free) + len(self._cached)
+        return self.num_blank + len(self._cached) - self.num_pinned
+
+    @property
+    def num_pinned(self) -> int:
+        """Cached blocks that cannot be evicted now."""
+        if not self._pinned:
+            return 0
+        return sum(block in self._cached for block in self._pinned)
+
+    @property
+    def num_blank(self) -> int:
+        """Blocks with nothing in them that is worth keeping."""
+        return self.num_blocks - self._num_touched + len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Blocks that a request or a transfer holds."""
+        """Blocks that a request or a transfer holds, pinned ones included."""
         return self.num_blocks - self.num_free
 
     @property
@@ -68,7 +98,12 @@ class BlockPool:
 
     def num_unheld(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` count as obtainable as long as nobody shares them."""
-        return sum(not self._is_held(block) for block in blocks)
+        return sum(not (self._is_held(block) or block in self._pinned) for block in blocks)
+
+    def num_held_by_transfers(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` transfers hold and no request."""
+        requests, transfers = self._holders["request"], self._holders["transfer"]
+        return sum(block in transfers and block not in requests for block in blocks)
 
     def can_allocate(self, n: int) -> bool:
         """Whether `allocate(n, ...)` would succeed."""
@@ -111,10 +146,46 @@ class BlockPool:
         """Give back the transfer holds of `holder`. `blocks` in the order of the block table."""
         self._release("transfer", blocks, holder)
 
+    def pin(self, blocks: Iterable[int]) -> None:
+        """Keep cached blocks from being evicted while they are copied, at their place in line.
+
+        They can be found and shared meanwhile. Raises `IntegrityError`, and then nothing has
+        changed.
+        """
+        blocks = list(blocks)
+        for block in blocks:
+            if block not in self._cached or block in self._pinned:
+                raise IntegrityError(f"pin: block {block} is not cached, or pinned already")
+        self._pinned.update(blocks)
+
+    def unpin(self, blocks: Iterable[int]) -> None:
+        """End what `pin` began."""
+        blocks = set(blocks)
+        if not blocks <= self._pinned:
+            raise IntegrityError(f"unpin: {sorted(blocks - self._pinned)} are not pinned")
+        self._pinned -= blocks
+
     # ------------------------------------------------------------------ prefix cache
 
+    def is_published(self, block_hash: bytes) -> bool:
+        """Whether a hash finds a block. Does not count as a use of it."""
+        return block_hash in self._block_of
+
+    def is_cached(self, block: int) -> bool:
+        """Whether nobody holds a block and it is kept for its prefix."""
+        return block in self._cached
+
+    def published_name(self, block: int) -> tuple[bytes, bytes]:
+        """Return the hash of a published block and its parent's. Raises `KeyError`."""
+        return self._hash_of[block], self._parent_of[block]
+
+    def published_hashes(self) -> list[bytes]:
+        """Return every hash that finds a block, those published first first."""
+        return list(self._block_of)
+
     def match_prefix(self, hashes: Sequence[bytes]) -> list[int]:
-        """Return the blocks of the longest published run from the start of `hashes`.
+        """Return the blocks of the longest published run from the start of `hashes`, which may
+        begin in the middle of a chain.
 
         Takes no hold: `share` them before anything else is allocated. Makes them recently used.
         """
@@ -124,9 +195,7 @@ class BlockPool:
             if block is None:
                 break
             blocks.append(block)
-        for block in reversed(blocks):
-            if block in self._cached:
-                self._cached.move_to_end(block)
+        self._order_chains(blocks[-1:])
         return blocks
 
     def publish(self, block: int, block_hash: bytes, parent: bytes = b"") -> None:
@@ -144,6 +213,8 @@ class BlockPool:
         self._hash_of[block] = block_hash
         self._block_of[block_hash] = block
         self._parent_of[block] = parent
+        for listener in self.listeners:
+            listener.published(block_hash)
 
     # ------------------------------------------------------------------ reports
 
@@ -203,6 +274,9 @@ class BlockPool:
             else:
                 self._free.append(block)
         self._order_chains(newly_cached)
+        for listener in self.listeners:
+            for block in newly_cached:
+                listener.cached(block)
 
     def _order_chains(self, blocks: Iterable[int]) -> None:
         """Make `blocks` and their cached ancestors the most recent, each after its children.
@@ -229,9 +303,13 @@ class BlockPool:
         return self._evict()
 
     def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        block = next(block for block in self._cached if block not in self._pinned)
+        del self._cached[block]
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
         del self._parent_of[block]
+        for listener in self.listeners:
+            listener.evicted(block_hash)
         self.num_evictions += 1
         return block
 
@@ -244,6 +322,8 @@ class BlockPool:
             places = (block in free, block in self._cached, self._is_held(block))
             if sum(places) != 1:
                 yield f"block {block}: (free, cached, held) = {places}"
+        if lost := self._pinned & free:
+            yield f"pinned blocks {sorted(lost)} are free"
         strangers = (free | set(self._cached)) - set(range(self.num_blocks))
         if strangers:
             yield f"unknown blocks {sorted(strangers)}"

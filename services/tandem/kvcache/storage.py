@@ -16,6 +16,9 @@ from torch import Tensor
 
 from tandem_kernels import kv_pack, kv_unpack
 
+COPY_BLOCKS = 32
+"""Blocks that a copy between the tiers stages on the device at once."""
+
 
 class KVStorage:
     """KV of `num_blocks` blocks: `kv` [num_layers, 2, num_blocks, block_size, num_kv_heads,
@@ -89,6 +92,48 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     nbytes = prod(shape) * dtype.itemsize
     pages = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype, count=prod(shape)).view(shape)
+
+
+class HostStorage:
+    """KV of blocks in host memory: `kv` [num_blocks, num_layers, 2, block_size, num_kv_heads,
+    head_dim], so that a block is one run of bytes. Pinned where the device is CUDA.
+
+    Copies leave the device in the order of the current stream; on CPUs they are done on return.
+    """
+
+    def __init__(self, device: KVStorage, num_blocks: int) -> None:
+        layers, two, _, *block = device.kv.shape
+        self._device_kv = device.kv
+        self._is_cuda = device.device.type == "cuda"
+        self.num_blocks = num_blocks
+        self.kv = torch.empty(
+            (num_blocks, layers, two, *block), dtype=device.dtype, pin_memory=self._is_cuda
+        )
+
+    def copy_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy blocks of the device, up to `COPY_BLOCKS` of which are staged there at a time."""
+        for start in range(0, len(device_blocks), COPY_BLOCKS):
+            index = self._index(device_blocks[start : start + COPY_BLOCKS])
+            staged = self._device_kv.index_select(2, index).permute(2, 0, 1, 3, 4, 5).contiguous()
+            for row, block in zip(staged, host_blocks[start : start + COPY_BLOCKS], strict=True):
+                self.kv[block].copy_(row, non_blocking=True)
+
+    def copy_in(self, host_blocks: Sequence[int], device_blocks: Sequence[int]) -> None:
+        """Copy blocks to the device, staged as in `copy_out`."""
+        for start in range(0, len(host_blocks), COPY_BLOCKS):
+            chosen = host_blocks[start : start + COPY_BLOCKS]
+            staged = torch.empty(
+                (len(chosen), *self.kv.shape[1:]),
+                dtype=self.kv.dtype,
+                device=self._device_kv.device,
+            )
+            for row, block in zip(staged, chosen, strict=True):
+                row.copy_(self.kv[block], non_blocking=True)
+            index = self._index(device_blocks[start : start + COPY_BLOCKS])
+            self._device_kv.index_copy_(2, index, staged.permute(1, 2, 0, 3, 4, 5))
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self._device_kv.device)
 
 
 def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

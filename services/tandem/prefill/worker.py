@@ -153,8 +153,10 @@ class PrefillWorker:
         """Offer, schedule, run. Returns whether anything changed."""
         self._offer()
         plan = self._runtime.scheduler.schedule(time.monotonic())
+        self._runtime.start_copies()
         for sequence in plan.admitted:
-            self._start(self._by_sequence[sequence])
+            if not self._runtime.scheduler.is_restoring(sequence):
+                self._start(self._by_sequence[sequence])
         for sequence in plan.preempted:
             self._fail(self._by_sequence[sequence], "out of KV blocks")
         if plan.chunks:
@@ -296,10 +298,14 @@ class PrefillWorker:
         ready = self._runtime.engine.record_event()
         for first_layer, num_layers in self._runtime.engine.layer_groups:
             self.send_kv(leg, LayerGroup(first_layer, num_layers, ready), held, cached)
-        if sequence.remote:
+        if sequence.phase == "receiving":
             self._compute(leg)
         else:
             leg.phase = "computing"
+
+    def restored(self, sequence: Sequence) -> None:
+        """What host memory had of a prompt is in its blocks: start on the rest."""
+        self._start(self._by_sequence[sequence])
 
     def _compute(self, leg: PrefillLeg) -> None:
         leg.phase = "computing"

@@ -28,7 +28,8 @@ class Candidates(NamedTuple):
     """Where the candidates stand among them, rising."""
     loads: Floats
     """In tokens."""
-    cached_tokens: Integers
+    cached_tokens: Floats
+    """Those in host memory counted by what they save."""
 
 
 class Policy(Protocol):

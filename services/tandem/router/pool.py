@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tandem.core.prefix_events import PrefixEvents
 from tandem.router.policies import Candidates, Floats, Integers, Policy
-from tandem.router.prefix_index import PrefixIndex
+from tandem.router.prefix_view import PrefixView
 
 _REQUESTS, _TOKENS, _UNREPORTED, _OTHERS = range(4)
 
@@ -55,7 +56,7 @@ class WorkerPool:
     def __init__(self, policy: Policy, block_size: int, max_tracked_blocks: int) -> None:
         self._policy = policy
         self._block_size = block_size
-        self._prefixes = PrefixIndex(max_tracked_blocks)
+        self._prefixes = PrefixView(max_tracked_blocks)
         self._workers: dict[str, WorkerView] = {}
         self._names: list[str] = []
         self._views: list[WorkerView] = []
@@ -75,7 +76,7 @@ class WorkerPool:
 
     def cached_tokens(self, worker: WorkerView, hashes: Sequence[bytes]) -> int:
         """Return how many tokens of a prompt a worker should have cached."""
-        return self._prefixes.match(worker.number, hashes) * self._block_size
+        return int(self._prefixes.match(worker.number, hashes) * self._block_size)
 
     def set_members(self, names: Iterable[str]) -> None:
         """Replace the membership, keeping what is known of those that stay."""
@@ -99,6 +100,10 @@ class WorkerPool:
         worker.others = max(0, running + waiting - worker.requests)
         worker.unreported_tokens = 0
         self._note(worker)
+
+    def observe_prefixes(self, worker: WorkerView, events: PrefixEvents) -> None:
+        """Take a worker's word on what it can find by prefix."""
+        self._prefixes.reported(worker.number, events)
 
     def choose(
         self,
@@ -129,7 +134,7 @@ class WorkerPool:
         worker.tokens += tokens
         worker.unreported_tokens += tokens
         self._note(worker)
-        self._prefixes.record(worker.number, hashes)
+        self._prefixes.dispatched(worker.number, hashes)
         self._dispatched_requests += 1
         self._dispatched_tokens += tokens
         return Dispatch(worker, tokens)

@@ -1,4 +1,4 @@
-"""What a router believes to be in the workers' prefix caches. A belief: the workers know better.
+"""What a router believes to be in the workers' prefix caches: what it sent them, and what they say.
 
 One map for all workers of a pool, block hash -> who holds it, so that looking a prompt up costs one
 step per block and not one per worker. Workers are numbers here, and a set of them is the bits of an
@@ -11,7 +11,7 @@ deeper blocks of a chain before their parents, so that what is left is still a r
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -68,6 +68,23 @@ class PrefixIndex:
                 self._holders[block_hash] = self._holders.get(block_hash, 0) | bit
         while len(known) > self._capacity:
             self._let_go(known.popitem(last=False)[0], bit)
+
+    def has(self, worker: int, block_hash: bytes) -> bool:
+        """Whether a worker holds one block."""
+        return block_hash in self._known.get(worker, ())
+
+    def all_of(self, worker: int) -> list[bytes]:
+        """Return what a worker holds, least recently recorded first."""
+        return list(self._known.get(worker, ()))
+
+    def drop(self, worker: int, hashes: Iterable[bytes]) -> None:
+        """Note that a worker no longer holds these blocks."""
+        known = self._known.get(worker)
+        if known is None:
+            return
+        for block_hash in hashes:
+            if known.pop(block_hash, self) is None:
+                self._let_go(block_hash, 1 << worker)
 
     def forget(self, worker: int) -> None:
         """Note that a worker is gone and what it held with it."""

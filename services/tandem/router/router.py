@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 from tandem.core.config import RouterConfig
 from tandem.core.errors import OverloadedError, UnavailableError
+from tandem.core.prefix_events import PrefixEvents
 from tandem.router.policies import make_policy
 from tandem.router.pool import Dispatch, WorkerPool, WorkerView
+from tandem.router.prefix_view import keys_of
 
 EXPECTED_OUTPUT_TOKENS = 256
 """What a request weighs on a decode worker beside its prompt: about the mean output of a chat."""
@@ -65,6 +67,13 @@ class Router:
             if view is not None:
                 pool.observe(view, running, waiting)
 
+    def observe_prefixes(self, worker: str, events: PrefixEvents) -> None:
+        """Take a worker's report of its prefix caches; one of no member is ignored."""
+        for pool in (self._prefill, self._decode):
+            view = pool.get(worker)
+            if view is not None:
+                pool.observe_prefixes(view, events)
+
     def first_token(self, request_id: str) -> None:
         """The prompt is done: its prefill worker is rid of it."""
         request = self._in_flight.get(request_id)
@@ -99,6 +108,7 @@ class Router:
         decode worker that may serve it is full, `UnavailableError` when there is none.
         """
         self.release(request_id)
+        hashes = keys_of(hashes)
         decode = self._choose_decode(hashes, num_tokens, exclude)
         prefill = self._dispatch_prefill(hashes, num_tokens, exclude)
         weight = num_tokens + EXPECTED_OUTPUT_TOKENS

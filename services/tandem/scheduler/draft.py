@@ -30,6 +30,9 @@ class Draft:
         self.chunks: dict[Sequence, ScheduledChunk] = {}
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
+        self.may_wait = True
+        self.waits = False
+        """Whether a sequence is left out for want of a block that is sure to come."""
         self._running = running
         self._waiting = waiting
         self._receiving = receiving

@@ -8,9 +8,15 @@ Invariants, whatever the policy: a plan never exceeds `max_batch_tokens`; a sequ
 blocks is overtaken by nobody behind it in the policy's line; a request that passed `check_fits` can
 always finish alone, so that preempting the last by `precedence` never ends in a deadlock; blocks
 that an iteration under way writes are held until it has ended.
+
+Nobody is preempted by one that comes after it by `precedence`, which never changes: two sequences
+never take turns. One that was preempted comes back only when there is a block for every sequence
+that runs, itself included: before it can be preempted again, a sequence has filled a block.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import OverloadedError
@@ -18,10 +24,13 @@ from tandem.core.request import FinishReason, Request
 from tandem.core.sequence import IterationPlan, Phase, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.hashing import extend_hashes
+from tandem.kvcache.host_tier import BlockCopy, HostTier
 from tandem.scheduler.costs import CostEstimator, work_of
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
+from tandem.scheduler.host_copies import HostCopies
 from tandem.scheduler.policies import Policy, make_policy
+from tandem.scheduler.preemption import Options, Preemption, Way
 from tandem.scheduler.prompt_room import PromptRoom
 from tandem.scheduler.sequence_queue import SequenceQueue
 
@@ -43,7 +52,10 @@ class Scheduler:
         add -> waiting --schedule--> running ----------> finish
                   |                   ^   |
                   |     join/fall_back|   +--schedule--> preempted -> add
-                  +----schedule--> receiving (remote)
+                  +----schedule--> receiving (remote, or KV in the host tier)
+
+    With a host tier, `take_copies` after every `schedule`, carry them out in order, and report each
+    to `copied`.
     """
 
     def __init__(
@@ -52,14 +64,21 @@ class Scheduler:
         pool: BlockPool,
         max_model_len: int,
         policy: Policy | None = None,
+        host_tier: HostTier | None = None,
+        block_bytes: int = 0,
     ) -> None:
         self.config = config
         self.policy = policy or make_policy(config)
         self.pool = pool
         self.max_model_len = max_model_len
+        self.costs = CostEstimator()
+        self.preemption = Preemption(config, self.costs, block_bytes, pool.block_size)
+        self.num_preempted: Counter[Way] = Counter()
+        """Sequences that gave way, or waited for a block, since the start."""
+        self._host = None if host_tier is None else HostCopies(host_tier, self.preemption)
+        self._stalled: set[Sequence] = set()  # those that wait for a block
         self.must_settle = False
         """Whether the next plan needs every iteration under way ended, and its tokens appended."""
-        self.costs = CostEstimator()
         self.prompt_room: PromptRoom | None = None
         """Bounds prompts beside decode steps, where a worker computes them with its slack."""
         self.waiting = SequenceQueue()
@@ -70,6 +89,11 @@ class Scheduler:
             "running": self.running,
             "receiving": self.receiving,
         }
+
+    @property
+    def host_tier(self) -> HostTier | None:
+        """The second tier of KV blocks, if there is one."""
+        return None if self._host is None else self._host.tier
 
     @property
     def num_waiting(self) -> int:
@@ -116,7 +140,8 @@ class Scheduler:
 
     def peek_cached(self, seq: Sequence) -> int:
         """Return how many tokens of a sequence its prefix cache would give now. Takes no hold."""
-        return len(self._match_prefix(seq)) * self.pool.block_size
+        hashes = self._findable_hashes(seq)
+        return len(self.pool.match_prefix(hashes)) * self.pool.block_size
 
     def blocks_to_admit(self, seq: Sequence) -> int:
         """Return how many blocks a sequence would take from the pool; 0 if it holds its own."""
@@ -148,17 +173,26 @@ class Scheduler:
         sequences wait, for a policy may wait for time to pass: ask again later.
         """
         self.must_settle = False
+        draft = self._compose(now, may_wait=True)
+        if draft.waits and not draft.chunks and not any(s.num_under_way for s in self.running):
+            draft = self._compose(now, may_wait=False)  # nobody would ever free a block
+        if self._host is not None:
+            self._host.tier.spill()
+        plan = draft.plan()
+        self.policy.planned(plan)
+        return plan
+
+    def _compose(self, now: float, *, may_wait: bool) -> Draft:
         budget = self.config.max_batch_tokens
         draft = Draft(now, budget, self.running, self.waiting, self.receiving)
+        draft.may_wait = may_wait
         draft.admits = self.num_running < self.config.max_running
         for seq, limit in self.policy.tasks(draft):
             if limit >= 1:
                 self._grant(seq, limit, draft)
             if draft.tokens_left == 0 and draft.is_complete:
                 break
-        plan = draft.plan()
-        self.policy.planned(plan)
-        return plan
+        return draft
 
     def launch(self, plan: IterationPlan) -> None:
         """Note that `plan` computes from now on and that the next is planned before it has ended.
@@ -179,6 +213,7 @@ class Scheduler:
         """Learn, and tell the policy, how long the iteration of `plan` took."""
         work = work_of(plan.chunks)
         self.costs.measured(work, seconds)
+        self.preemption.measured(work, seconds)
         self.policy.measured(work, seconds)
 
     def advance(self, plan: IterationPlan) -> None:
@@ -225,30 +260,80 @@ class Scheduler:
             ):
                 draft.add_chunk(seq, length)
 
+    # ------------------------------------------------------------------ out of blocks
+
     def _secure_blocks(self, seq: Sequence, num_tokens: int, draft: Draft) -> bool:
-        """Get the blocks that `seq` lacks for its first `num_tokens` tokens, preempting the last;
-        False if that was `seq`, or if the last is under way: then nobody is admitted before it can
-        be preempted."""
+        """Get the blocks that `seq` lacks for its first `num_tokens` tokens, preempting the last if
+        need be. False: not in this iteration."""
         missing = self._num_blocks(num_tokens) - len(seq.block_table)
         while not self.pool.can_allocate(missing):
-            if self.must_settle:
-                return False
-            victim = max(self.running, key=self.policy.precedence)
-            if victim.num_under_way:
-                draft.admits, self.must_settle = False, True
-                return False
-            self._preempt(victim, draft)
-            if victim is seq:
+            if self.must_settle or not self._make_room(seq, missing, draft):
                 return False
         seq.block_table.extend(self.pool.allocate(missing, holder_of(seq)))
+        self._stalled.discard(seq)
         return True
 
-    def _preempt(self, victim: Sequence, draft: Draft) -> None:
-        """Take a sequence's blocks; one that was admitted in this very plan only goes back."""
+    def _make_room(self, seq: Sequence, missing: int, draft: Draft) -> bool:
+        """Let somebody give way; False if `seq` cannot go on in this iteration.
+
+        Because it waits for a block, was itself the last, or the last is under way: then nobody is
+        admitted before it can be preempted.
+        """
         draft.admits = False
+        coming = self._host.tier.num_coming_free if self._host is not None else 0
+        if coming and self.pool.can_allocate(missing - coming):
+            return False
+        victim = max(self.running, key=self.policy.precedence)
+        way = self.preemption.choose(self._options(seq, victim, draft))
+        if way == "wait":
+            draft.waits = True
+            self.num_preempted["wait"] += seq not in self._stalled
+            self._stalled.add(seq)
+            return False
+        if victim.num_under_way:
+            self.must_settle = True
+            return False
+        self._preempt(victim, way, draft)
+        return victim is not seq
+
+    def _options(self, seq: Sequence, victim: Sequence, draft: Draft) -> Options:
+        """What each way to a block would cost."""
+        preemption, wait, swap = self.preemption, None, None
+        remaining = self._shortest_sure_to_end(seq) if draft.may_wait else None
+        if remaining is not None:
+            wait = preemption.wait_seconds(remaining)
+        to_swap = self._host.num_blocks_to_swap(victim) if self._host is not None else 0
+        if to_swap:
+            swap = preemption.swap_seconds(to_swap)
+        return Options(wait, swap, preemption.refill_seconds(victim.num_computed))
+
+    def _shortest_sure_to_end(self, waits: Sequence) -> int | None:
+        """Return the most tokens that one of the others can still produce, of those that need no
+        more blocks for them; the fewest of these. None: nobody is sure to end.
+
+        To wait for one that may itself come to wait for a block would be a deadlock.
+        """
+        block_size = self.pool.block_size
+        fewest: int | None = None
+        for seq in self.running:
+            most = min(seq.request.max_len, self.max_model_len)
+            if seq is waits or most - 1 > len(seq.block_table) * block_size:
+                continue
+            remaining = most - len(seq.token_ids)
+            fewest = remaining if fewest is None else min(fewest, remaining)
+        return fewest
+
+    def _preempt(self, victim: Sequence, way: Way, draft: Draft) -> None:
+        """Take a sequence's blocks; one that was admitted in this very plan only goes back."""
         draft.drop_chunk(victim)
         if victim in draft.admitted:
             draft.admitted.remove(victim)
+            self._leave(victim, "waiting")
+            return
+        victim.was_preempted = True
+        self.num_preempted[way] += 1
+        if way == "swap" and self._host is not None:
+            self._host.swap_out(victim, holder_of(victim))
             self._leave(victim, "waiting")
         else:
             self._leave(victim, "preempted")
@@ -276,29 +361,43 @@ class Scheduler:
         if not limit or not self._reserve_blocks(seq):
             draft.admits = False
             return
-        self._move(seq, "receiving" if seq.remote else "running")
+        receives = seq.remote or self.is_restoring(seq)
+        self._move(seq, "receiving" if receives else "running")
         draft.admitted.append(seq)
         draft.admits = self.num_running < self.config.max_running
-        if not seq.remote:
+        if not receives:
             draft.add_chunk(seq, min(limit, seq.num_uncomputed))
 
     def _reserve_blocks(self, seq: Sequence) -> bool:
         """Share the cached prefix and allocate the rest and room for one more token, or do nothing.
 
-        Leaves one block per running sequence free, so that these need not be preempted at once.
+        Leaves one block per running sequence free, so that these need not be preempted at once; one
+        that was preempted before leaves one for itself, too.
         """
-        matched = self._match_prefix(seq)
-        missing = self._num_blocks(seq.num_tokens + 1) - len(matched)
-        if not self.pool.can_allocate(missing + self.pool.num_unheld(matched) + self.num_running):
+        host, holder = self._host, holder_of(seq)
+        if host is not None and host.is_copying(seq):
             return False
-        holder = holder_of(seq)
+        hashes = self._findable_hashes(seq)
+        matched = self.pool.match_prefix(hashes)
+        found = host.find(seq, len(matched), hashes) if host is not None else None
+        missing = self._num_blocks(seq.num_tokens + 1) - len(matched)
+        spare = self.num_running + (seq.was_preempted and self.num_running > 0)
+        if not self.pool.can_allocate(missing + self.pool.num_unheld(matched) + spare):
+            return False
         self.pool.share(matched, holder)
         seq.block_table = matched + self.pool.allocate(missing, holder)
         seq.num_computed = seq.num_cached = len(matched) * self.pool.block_size
+        if host is not None and found is not None:
+            target = seq.block_table[len(matched) : len(matched) + len(found.blocks)]
+            host.copy_back(seq, found, target, holder)
+            seq.num_cached = found.num_tokens
+        elif host is not None:
+            host.drop(seq, holder)
         return True
 
-    def _match_prefix(self, seq: Sequence) -> list[int]:
-        """Blocks that already have the KV of its first tokens; at least one token stays to compute.
+    def _findable_hashes(self, seq: Sequence) -> list[bytes]:
+        """The hashes of the blocks that it need not compute if they are found; at least one token
+        stays to compute.
 
         Prompt logprobs come out of computing the prompt: until they have, nothing is skipped.
         """
@@ -306,8 +405,34 @@ class Scheduler:
         if not self.pool.prefix_cache or (asked_logprobs and seq.num_output_tokens == 0):
             return []
         self._extend_hashes(seq)
-        most_blocks = (seq.num_tokens - 1) // self.pool.block_size
-        return self.pool.match_prefix(seq.block_hashes[:most_blocks])
+        return seq.block_hashes[: (seq.num_tokens - 1) // self.pool.block_size]
+
+    # ------------------------------------------------------------------ the host tier
+
+    def take_copies(self) -> list[BlockCopy]:
+        """Return the copies to carry out that the last plans began."""
+        return self._host.tier.take_copies() if self._host is not None else []
+
+    def is_restoring(self, seq: Sequence) -> bool:
+        """Whether KV of an admitted sequence is being copied back from the host tier."""
+        return self._host is not None and self._host.is_copying(seq)
+
+    def copied(self, copy: BlockCopy, seconds: float, *, succeeded: bool = True) -> Sequence | None:
+        """Take the end of a copy. Returns the sequence, still receiving, whose KV is back: `join`,
+        `fall_back` or a prefill worker has it go on."""
+        if self._host is None:
+            raise ValueError("there is no host tier")
+        waited = self._host.done(copy, seconds, succeeded)
+        if waited is None:
+            return None
+        seq, num_tokens = waited
+        if copy.to_host:
+            if not succeeded:
+                self._host.drop(seq, holder_of(seq))
+            return None
+        if num_tokens:
+            self.landed(seq, num_tokens)
+        return seq
 
     # ------------------------------------------------------------------ receiving KV, and the end
 
@@ -365,7 +490,14 @@ class Scheduler:
         """
         if seq.phase != "finished":
             self._leave(seq, "finished")
+            if self._host is not None:
+                self._host.left(seq)
+                self._host.drop(seq, holder_of(seq))
+            self._stalled.discard(seq)
             seq.finish_reason = reason
+            if reason is not None:
+                most = min(seq.request.max_len, self.max_model_len) - seq.request.prompt_len
+                self.preemption.ended(seq.num_output_tokens, most)
 
     # ------------------------------------------------------------------ how it is done
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError, IntegrityError
 from tandem.kvcache.block_pool import BlockPool
+from tandem.kvcache.host_tier import make_host_tier
 from tandem.router import Router
 from tandem.scheduler import PoolRole, Scheduler, make_policy
 from tandem.simulator.clock import Clock
@@ -83,6 +84,9 @@ def simulate(
     for loop in (*loops["prefill"], *loops["decode"]):
         if loop.scheduler.pool.num_used:
             raise IntegrityError(f"{loop.name}: held to the end: {loop.scheduler.pool.holders()}")
+    report.num_preemptions = sum(
+        sum(loop.scheduler.num_preempted.values()) for loop in loops["decode"]
+    )
     report.kv_bytes = links.num_bytes
     busy = sum(links.busy_seconds.values())
     report.link_busy = busy / max(report.seconds * len(links.busy_seconds), 1e-9)
@@ -107,11 +111,19 @@ def _loops(
     for index in range(number):
         pool = BlockPool(cache.num_blocks or profile.num_blocks, cache.block_size, caching)
         policy = make_policy(spec.config.scheduler, role)
-        scheduler = Scheduler(spec.config.scheduler, pool, profile.max_model_len, policy)
+        token_bytes = profile.link.kv_bytes_per_token if profile.link is not None else 0
+        block_bytes = int(token_bytes * cache.block_size)
+        tier = make_host_tier(cache, pool, block_bytes, swaps=role == "decode")
+        scheduler = Scheduler(
+            spec.config.scheduler, pool, profile.max_model_len, policy, tier, block_bytes
+        )
         name = f"{role}-{index}"
         machine, seed = machines[role, index], 2 * index + (role == "prefill")
         time = WorkerTime(profile.iteration, profile.shared, machine, role, seed)
-        loops.append(IterationLoop(name, scheduler, time, clock, use, recorder, spec.leaps))
+        copying = block_bytes / profile.host_bytes_per_second
+        loops.append(
+            IterationLoop(name, scheduler, time, clock, use, recorder, spec.leaps, copying)
+        )
     return loops
 
 

@@ -136,6 +136,9 @@ class SimulatedDecode:
         if not (leg.first_token_at and leg.has_landed):
             return
         self._end_leg(flight)
+        self._loop.scheduler.preemption.prefilled(
+            leg.num_tokens - leg.held_tokens, self._clock.now - leg.granted_at
+        )
         self._gateway.stage(flight, self.name, "joined")
         self._gateway.report.exposed_transfer(max(0.0, leg.landed_at - leg.first_token_at))
         if flight.sequence.phase == "receiving":
@@ -169,6 +172,8 @@ class SimulatedDecode:
     def admitted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
         leg, target = flight.leg, flight.prefill
+        if self._loop.scheduler.is_restoring(sequence):
+            return
         if not sequence.remote or leg is None or target is None:
             return
         if sequence.num_uncomputed <= self._local_max and not leg.is_kept:
@@ -178,6 +183,7 @@ class SimulatedDecode:
         self._grant(flight, leg, target)
 
     def _grant(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
+        leg.granted_at = self._clock.now
         leg.held_tokens = min(flight.sequence.num_computed, leg.num_tokens - 1)
         leg.is_granted = True
         leg.reserved_tokens = (
@@ -187,6 +193,12 @@ class SimulatedDecode:
             self._clock.after(self._rpc_seconds, target.grant, flight, leg)
         else:
             self._clock.after(self._rpc_seconds, target.prefill, flight, leg, True)
+
+    def restored(self, sequence: Sequence) -> None:
+        if sequence.remote:
+            self.admitted(sequence)
+        else:
+            self._loop.scheduler.fall_back(sequence)
 
     def _cancel(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
         """Drop a leg that has not been granted."""
@@ -247,7 +259,8 @@ class SimulatedDecode:
         """Every prompt of this worker in the order in which its place serves it."""
         scheduler = self._loop.scheduler
         for sequence in (*scheduler.running, *scheduler.waiting):
-            if not sequence.remote and sequence.num_uncomputed > 1:
+            is_swapped = bool(sequence.host_blocks)
+            if not sequence.remote and sequence.num_uncomputed > 1 and not is_swapped:
                 yield self._prompt(self._by_sequence[sequence], sequence.num_computed, is_here=True)
         for flight, leg in self._legs.items():
             if not (leg.was_cut or leg.was_kept or leg.first_token_at):
@@ -317,7 +330,6 @@ class SimulatedDecode:
         flight = self._by_sequence[sequence]
         flight.preemptions += 1
         self._gateway.stage(flight, self.name, "preempted")
-        self._gateway.report.num_preemptions += 1
         self._prefill(flight)
 
     def computed(self, plan: IterationPlan, began: float) -> None:

@@ -22,6 +22,7 @@ class SimulatedLeg:
     num_tokens: int
     was_asked: bool = False
     held_tokens: int = 0
+    granted_at: float = 0.0
     landed_at: float = 0.0
     """When the last of its pieces so far arrives."""
     first_token_at: float = 0.0

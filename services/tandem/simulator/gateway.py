@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tandem.simulator.prefill import SimulatedPrefill
 
 _HASH = struct.Struct("<qq")
+"""A number of its own for every block comes first: routers know blocks by their first bytes."""
 
 
 class SimulatedGateway:
@@ -143,4 +144,7 @@ def block_hashes(traced: TraceRequest, block_size: int) -> list[bytes]:
     per_id = HASHED_TOKENS // block_size
     most = min(traced.prompt_len // block_size, len(traced.hash_ids) * per_id)
     ids = traced.hash_ids
-    return [_HASH.pack(ids[index // per_id], index % per_id) for index in range(most)]
+    return [
+        _HASH.pack(ids[index // per_id] * per_id + index % per_id, index % per_id)
+        for index in range(most)
+    ]

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from typing import Protocol
 
 from tandem.core.sequence import IterationPlan, Sequence
+from tandem.kvcache.host_tier import BlockCopy
 from tandem.scheduler import Scheduler
 from tandem.scheduler.costs import work_of
 from tandem.scheduler.steady import repeat, steady_steps
@@ -48,6 +49,9 @@ class WorkerRole(Protocol):
 
     def sampled(self, sequence: Sequence) -> None: ...
 
+    def restored(self, sequence: Sequence) -> None:
+        """KV of an admitted sequence is back from host memory."""
+
     def repeated(self, plan: IterationPlan, ends: list[float]) -> None:
         """Every sequence of a plan of decode steps drew a token at each of these times."""
 
@@ -67,6 +71,7 @@ class IterationLoop:
         use: PoolUse,
         recorder: Timeline | None,
         leaps: bool = True,
+        copy_seconds_per_block: float = 0.0,
     ) -> None:
         self.name = name
         self._scheduler = scheduler
@@ -74,6 +79,8 @@ class IterationLoop:
         self._clock = clock
         self._use = use
         self._recorder = recorder
+        self._copy_seconds_per_block = copy_seconds_per_block
+        self._copies_end = 0.0
         self.began = 0.0
         """When the iteration under way, or the last one, began."""
         self._busy = False
@@ -118,6 +125,7 @@ class IterationLoop:
                 self._role.preempted(seq)
             for seq in plan.admitted:
                 self._role.admitted(seq)
+            self._start_copies(now)
             self._role.planned()
         self._busy = bool(plan.chunks)
         if plan.chunks:
@@ -125,6 +133,19 @@ class IterationLoop:
         elif scheduler.waiting and not self._ticking:
             self._ticking = True
             self._clock.after(TICK_SECONDS, self._tick)
+
+    def _start_copies(self, now: float) -> None:
+        """Copies between the tiers run one after the other, beside the iterations."""
+        for copy in self.scheduler.take_copies():
+            seconds = len(copy.host_blocks) * self._copy_seconds_per_block
+            self._copies_end = max(now, self._copies_end) + seconds
+            self._clock.at(self._copies_end, self._copied, copy, seconds)
+
+    def _copied(self, copy: BlockCopy, seconds: float) -> None:
+        restored = self.scheduler.copied(copy, seconds)
+        if restored is not None:
+            self._role.restored(restored)
+        self.wake()
 
     def _tick(self) -> None:
         self._ticking = False

@@ -193,6 +193,8 @@ class SimulatedPrefill:
 
     def admitted(self, sequence: Sequence) -> None:
         """Blocks are reserved: fetch what the decode worker has, send what is cached here."""
+        if self._loop.scheduler.is_restoring(sequence):
+            return
         flight, leg = self._by_sequence[sequence]
         self._ahead[flight.decode] -= leg.num_tokens
         if leg.is_kept:
@@ -204,8 +206,11 @@ class SimulatedPrefill:
             return
         if cached > held:
             leg.landed_at = self._links.send(self.name, flight.decode.name, cached - held, now)
-        if sequence.remote:
+        if sequence.phase == "receiving":
             self._loop.scheduler.fall_back(sequence)
+
+    def restored(self, sequence: Sequence) -> None:
+        self.admitted(sequence)
 
     def preempted(self, sequence: Sequence) -> None:
         """A kept request has outgrown the blocks: its leg, or another, is started again."""

@@ -92,6 +92,9 @@ class Profile(_Frozen):
     iteration: IterationCost
     link: LinkCost | None = Field(None, description="needed wherever there are prefill workers")
     rpc_seconds: float = Field(0.0005, ge=0, description="one message between two processes")
+    host_bytes_per_second: float = Field(
+        8e9, gt=0, description="of copies of KV to and from host memory"
+    )
     gateway_seconds: float = Field(0.0, ge=0, description="a request in the gateway, both ways")
     shared: SharedMachine = SharedMachine()
     num_blocks: int = Field(ge=1, description="KV blocks per worker")

@@ -24,17 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/cluster.proto\x12\ttandem.v1\"8\n\x0cWatchRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x14\n\x0ctracing_port\x18\x02 \x01(\r\"[\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"}\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.tandem.v1.Member\x12\x15\n\rdisaggregated\x18\x03 \x01(\x08\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x14.tandem.v1.ModelInfo\"\x7f\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x17\n\x0fno_prefix_cache\x18\x06 \x01(\x08\"\x0f\n\rStatusRequest\"\xc4\x04\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.tandem.v1.WorkerState\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\x12\x0f\n\x07running\x18\n \x01(\r\x12\x0f\n\x07waiting\x18\x0b \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x0c \x01(\r\x12\x15\n\rblocks_cached\x18\r \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x0e \x01(\r\x12\r\n\x05links\x18\x0f \x01(\r\x12\x19\n\x11tokens_per_second\x18\x10 \x01(\x01\x12\x12\n\niterations\x18\x11 \x01(\x04\x12\x10\n\x08restarts\x18\x12 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x13 \x01(\t\x12\r\n\x05model\x18\x14 \x01(\t\x12(\n\nmodel_info\x18\x15 \x01(\x0b\x32\x14.tandem.v1.ModelInfo\x12\x0e\n\x06policy\x18\x16 \x01(\t\x12\x0f\n\x07kernels\x18\x17 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x18 \x01(\r\x12\x15\n\rlent_requests\x18\x1e \x01(\x04\x12\x13\n\x0blent_tokens\x18\x1f \x01(\x04\x12\x13\n\x0bkv_capacity\x18\x19 \x01(\t\"\xa3\x01\n\rClusterStatus\x12\x1a\n\x12membership_version\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\x07workers\x18\x03 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12\x11\n\tdashboard\x18\x04 \x01(\t\x12*\n\x08gateways\x18\x05 \x03(\x0b\x32\x18.tandem.v1.GatewayStatus\"<\n\rGatewayStatus\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x17\n\x0ftracing_address\x18\x02 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*\x94\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x1d\n\x19WORKER_STATE_UNRESPONSIVE\x10\x03\x12\x15\n\x11WORKER_STATE_DEAD\x10\x04\x32\x82\x01\n\x07\x43luster\x12\x39\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x15.tandem.v1.Membership0\x01\x12<\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x18.tandem.v1.ClusterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/cluster.proto\x12\ttandem.v1\"8\n\x0cWatchRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x14\n\x0ctracing_port\x18\x02 \x01(\r\"[\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"}\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.tandem.v1.Member\x12\x15\n\rdisaggregated\x18\x03 \x01(\x08\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x14.tandem.v1.ModelInfo\"\x7f\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x17\n\x0fno_prefix_cache\x18\x06 \x01(\x08\"\x0f\n\rStatusRequest\"\x8c\x07\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.tandem.v1.WorkerState\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\x12\x0f\n\x07running\x18\n \x01(\r\x12\x0f\n\x07waiting\x18\x0b \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x0c \x01(\r\x12\x15\n\rblocks_cached\x18\r \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x0e \x01(\r\x12\r\n\x05links\x18\x0f \x01(\r\x12\x19\n\x11tokens_per_second\x18\x10 \x01(\x01\x12\x12\n\niterations\x18\x11 \x01(\x04\x12\x10\n\x08restarts\x18\x12 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x13 \x01(\t\x12\r\n\x05model\x18\x14 \x01(\t\x12(\n\nmodel_info\x18\x15 \x01(\x0b\x32\x14.tandem.v1.ModelInfo\x12\x0e\n\x06policy\x18\x16 \x01(\t\x12\x0f\n\x07kernels\x18\x17 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x18 \x01(\r\x12\x15\n\rlent_requests\x18\x1e \x01(\x04\x12\x13\n\x0blent_tokens\x18\x1f \x01(\x04\x12\x13\n\x0bkv_capacity\x18\x19 \x01(\t\x12\x18\n\x10host_blocks_used\x18( \x01(\r\x12\x1a\n\x12host_blocks_cached\x18) \x01(\r\x12\x19\n\x11host_blocks_total\x18* \x01(\r\x12=\n\x0bpreemptions\x18+ \x03(\x0b\x32(.tandem.v1.WorkerStatus.PreemptionsEntry\x12I\n\x12host_blocks_copied\x18, \x03(\x0b\x32-.tandem.v1.WorkerStatus.HostBlocksCopiedEntry\x1a\x32\n\x10PreemptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x37\n\x15HostBlocksCopiedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa3\x01\n\rClusterStatus\x12\x1a\n\x12membership_version\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\x07workers\x18\x03 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12\x11\n\tdashboard\x18\x04 \x01(\t\x12*\n\x08gateways\x18\x05 \x03(\x0b\x32\x18.tandem.v1.GatewayStatus\"<\n\rGatewayStatus\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x17\n\x0ftracing_address\x18\x02 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*\x94\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x1d\n\x19WORKER_STATE_UNRESPONSIVE\x10\x03\x12\x15\n\x11WORKER_STATE_DEAD\x10\x04\x32\x82\x01\n\x07\x43luster\x12\x39\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x15.tandem.v1.Membership0\x01\x12<\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x18.tandem.v1.ClusterStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1273
-  _globals['_ROLE']._serialized_end=1336
-  _globals['_WORKERSTATE']._serialized_start=1339
-  _globals['_WORKERSTATE']._serialized_end=1487
+  _globals['_WORKERSTATUS_PREEMPTIONSENTRY']._loaded_options = None
+  _globals['_WORKERSTATUS_PREEMPTIONSENTRY']._serialized_options = b'8\001'
+  _globals['_WORKERSTATUS_HOSTBLOCKSCOPIEDENTRY']._loaded_options = None
+  _globals['_WORKERSTATUS_HOSTBLOCKSCOPIEDENTRY']._serialized_options = b'8\001'
+  _globals['_ROLE']._serialized_start=1601
+  _globals['_ROLE']._serialized_end=1664
+  _globals['_WORKERSTATE']._serialized_start=1667
+  _globals['_WORKERSTATE']._serialized_end=1815
   _globals['_WATCHREQUEST']._serialized_start=38
   _globals['_WATCHREQUEST']._serialized_end=94
   _globals['_MEMBER']._serialized_start=96
@@ -46,11 +50,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=445
   _globals['_STATUSREQUEST']._serialized_end=460
   _globals['_WORKERSTATUS']._serialized_start=463
-  _globals['_WORKERSTATUS']._serialized_end=1043
-  _globals['_CLUSTERSTATUS']._serialized_start=1046
-  _globals['_CLUSTERSTATUS']._serialized_end=1209
-  _globals['_GATEWAYSTATUS']._serialized_start=1211
-  _globals['_GATEWAYSTATUS']._serialized_end=1271
-  _globals['_CLUSTER']._serialized_start=1490
-  _globals['_CLUSTER']._serialized_end=1620
+  _globals['_WORKERSTATUS']._serialized_end=1371
+  _globals['_WORKERSTATUS_PREEMPTIONSENTRY']._serialized_start=1264
+  _globals['_WORKERSTATUS_PREEMPTIONSENTRY']._serialized_end=1314
+  _globals['_WORKERSTATUS_HOSTBLOCKSCOPIEDENTRY']._serialized_start=1316
+  _globals['_WORKERSTATUS_HOSTBLOCKSCOPIEDENTRY']._serialized_end=1371
+  _globals['_CLUSTERSTATUS']._serialized_start=1374
+  _globals['_CLUSTERSTATUS']._serialized_end=1537
+  _globals['_GATEWAYSTATUS']._serialized_start=1539
+  _globals['_GATEWAYSTATUS']._serialized_end=1599
+  _globals['_CLUSTER']._serialized_start=1818
+  _globals['_CLUSTER']._serialized_end=1948
 # @@protoc_insertion_point(module_scope)

@@ -211,6 +211,46 @@ class WorkerStatus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class PreemptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class HostBlocksCopiedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -238,6 +278,11 @@ class WorkerStatus(_message.Message):
     LENT_REQUESTS_FIELD_NUMBER: _builtins.int
     LENT_TOKENS_FIELD_NUMBER: _builtins.int
     KV_CAPACITY_FIELD_NUMBER: _builtins.int
+    HOST_BLOCKS_USED_FIELD_NUMBER: _builtins.int
+    HOST_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
+    HOST_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    HOST_BLOCKS_COPIED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -272,8 +317,21 @@ class WorkerStatus(_message.Message):
     lent_tokens: _builtins.int
     kv_capacity: _builtins.str
     """blocks, tokens, bytes, and what they were derived from"""
+    host_blocks_used: _builtins.int
+    """KV in host memory: of swapped sequences, or copied now"""
+    host_blocks_cached: _builtins.int
+    """kept for their prefix"""
+    host_blocks_total: _builtins.int
     @_builtins.property
     def model_info(self) -> Global___ModelInfo: ...
+    @_builtins.property
+    def preemptions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by way: swap, refill, wait"""
+
+    @_builtins.property
+    def host_blocks_copied(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by kind: swap_out, swap_in, spill, restore"""
+
     def __init__(
         self,
         *,
@@ -304,10 +362,15 @@ class WorkerStatus(_message.Message):
         lent_requests: _builtins.int = ...,
         lent_tokens: _builtins.int = ...,
         kv_capacity: _builtins.str = ...,
+        host_blocks_used: _builtins.int = ...,
+        host_blocks_cached: _builtins.int = ...,
+        host_blocks_total: _builtins.int = ...,
+        preemptions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        host_blocks_copied: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model_info", b"model_info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "kv_capacity", b"kv_capacity", "lent_requests", b"lent_requests", "lent_tokens", b"lent_tokens", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "detail", b"detail", "device", b"device", "host_blocks_cached", b"host_blocks_cached", "host_blocks_copied", b"host_blocks_copied", "host_blocks_total", b"host_blocks_total", "host_blocks_used", b"host_blocks_used", "incarnation", b"incarnation", "iterations", b"iterations", "kernels", b"kernels", "kv_capacity", b"kv_capacity", "lent_requests", b"lent_requests", "lent_tokens", b"lent_tokens", "links", b"links", "metrics_address", b"metrics_address", "model", b"model", "model_info", b"model_info", "name", b"name", "node", b"node", "pid", b"pid", "policy", b"policy", "preemptions", b"preemptions", "restarts", b"restarts", "role", b"role", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

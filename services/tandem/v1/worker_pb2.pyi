@@ -29,6 +29,7 @@ class GatewayMessage(_message.Message):
     SUBMIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     REASSIGN_FIELD_NUMBER: _builtins.int
+    RESYNC_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___GatewayHello:
         """first, exactly once"""
@@ -39,6 +40,8 @@ class GatewayMessage(_message.Message):
     def cancel(self) -> Global___Cancel: ...
     @_builtins.property
     def reassign(self) -> Global___Reassign: ...
+    @_builtins.property
+    def resync(self) -> Global___ResyncPrefixes: ...
     def __init__(
         self,
         *,
@@ -46,12 +49,13 @@ class GatewayMessage(_message.Message):
         submit: Global___Submit | None = ...,
         cancel: Global___Cancel | None = ...,
         reassign: Global___Reassign | None = ...,
+        resync: Global___ResyncPrefixes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "kind", b"kind", "reassign", b"reassign", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "kind", b"kind", "reassign", b"reassign", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "kind", b"kind", "reassign", b"reassign", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "kind", b"kind", "reassign", b"reassign", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "reassign"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "reassign", "resync"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -228,6 +232,7 @@ class DecodeMessage(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     NEED_PREFILL_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    PREFIXES_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     @_builtins.property
     def hello(self) -> Global___DecodeHello:
@@ -241,6 +246,8 @@ class DecodeMessage(_message.Message):
     def need_prefill(self) -> Global___NeedPrefill: ...
     @_builtins.property
     def failed(self) -> Global___RequestFailed: ...
+    @_builtins.property
+    def prefixes(self) -> Global___PrefixEvents: ...
     def __init__(
         self,
         *,
@@ -250,16 +257,78 @@ class DecodeMessage(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         need_prefill: Global___NeedPrefill | None = ...,
         failed: Global___RequestFailed | None = ...,
+        prefixes: Global___PrefixEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "need_prefill", b"need_prefill", "outputs", b"outputs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "need_prefill", b"need_prefill", "outputs", b"outputs", "prefixes", b"prefixes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "incarnation", b"incarnation", "kind", b"kind", "need_prefill", b"need_prefill", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "heartbeat", b"heartbeat", "hello", b"hello", "incarnation", b"incarnation", "kind", b"kind", "need_prefill", b"need_prefill", "outputs", b"outputs", "prefixes", b"prefixes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "outputs", "heartbeat", "need_prefill", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "outputs", "heartbeat", "need_prefill", "failed", "prefixes"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___DecodeMessage: _TypeAlias = DecodeMessage  # noqa: Y015
+
+@_typing.final
+class PrefixEvents(_message.Message):
+    """What became of the blocks that the worker can find by their prefix since the message before. Keys
+    are the first 8 bytes of block hashes, one after the other. Bounded: a snapshot takes several.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    HOST_STORED_FIELD_NUMBER: _builtins.int
+    HOST_EVICTED_FIELD_NUMBER: _builtins.int
+    HOST_VALUE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """consecutive; after a gap all is ignored until a reset"""
+    reset: _builtins.bool
+    """forget everything, this is the beginning of all there is"""
+    stored: _builtins.bytes
+    evicted: _builtins.bytes
+    host_stored: _builtins.bytes
+    host_evicted: _builtins.bytes
+    host_value: _builtins.float
+    """share of computing that a copy from host memory saves"""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        reset: _builtins.bool = ...,
+        stored: _builtins.bytes = ...,
+        evicted: _builtins.bytes = ...,
+        host_stored: _builtins.bytes = ...,
+        host_evicted: _builtins.bytes = ...,
+        host_value: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted", "host_evicted", b"host_evicted", "host_stored", b"host_stored", "host_value", b"host_value", "number", b"number", "reset", b"reset", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixEvents: _TypeAlias = PrefixEvents  # noqa: Y015
+
+@_typing.final
+class ResyncPrefixes(_message.Message):
+    """The gateway has missed PrefixEvents: start over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResyncPrefixes: _TypeAlias = ResyncPrefixes  # noqa: Y015
 
 @_typing.final
 class DecodeHello(_message.Message):

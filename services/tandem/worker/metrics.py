@@ -5,7 +5,13 @@ Histograms are in seconds, sizes in bytes or tokens; every series carries `worke
 
 from __future__ import annotations
 
+from collections import Counter as Counts
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from tandem.kvcache.host_tier import CopyKind
+from tandem.scheduler.preemption import Way
 
 _SECONDS = (
     0.001,
@@ -37,7 +43,20 @@ class WorkerMetrics:
         self.requests = self._counter(
             "tandem_worker_requests_total", "Requests by outcome.", ("outcome",)
         )
-        self.preemptions = self._counter("tandem_worker_preemptions_total", "Sequences preempted.")
+        self.preemptions = self._counter(
+            "tandem_worker_preemptions_total",
+            "Times that a sequence gave its blocks up, or waited for one, by way.",
+            ("way",),
+        )
+        self.host_blocks = self._gauge(
+            "tandem_worker_host_blocks", "KV blocks in host memory by state.", ("state",)
+        )
+        self.host_copies = self._counter(
+            "tandem_worker_host_copied_blocks_total",
+            "KV blocks copied between the device and host memory, by what for.",
+            ("kind",),
+        )
+        self._seen: Counts[tuple[Counter, str]] = Counts()
         self.recoveries = self._counter(
             "tandem_worker_recoveries_total", "Prefills started again, by cause.", ("cause",)
         )
@@ -138,6 +157,23 @@ class WorkerMetrics:
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         self.stage_seconds.labels(*self._labels, stage).observe(seconds)
+
+    def set_preemptions(self, totals: Mapping[Way, int]) -> None:
+        for way, total in totals.items():
+            self._count_up(self.preemptions, way, total)
+
+    def set_host_copies(self, totals: Mapping[CopyKind, int]) -> None:
+        for kind, total in totals.items():
+            self._count_up(self.host_copies, kind, total)
+
+    def _count_up(self, counter: Counter, label: str, total: int) -> None:
+        """Bring a series up to a total that is counted elsewhere."""
+        counter.labels(*self._labels, label).inc(total - self._seen[counter, label])
+        self._seen[counter, label] = total
+
+    def set_host_blocks(self, used: int, cached: int, total: int) -> None:
+        for state, count in (("used", used), ("cached", cached), ("free", total - used - cached)):
+            self.host_blocks.labels(*self._labels, state).set(count)
 
     def set_policy(self, name: str) -> None:
         self.policy.labels(*self._labels, name).set(1)

@@ -24,6 +24,9 @@ from tandem.engine.engine import Engine
 from tandem.engine.parallel.shard import check_degree
 from tandem.engine.spec import load_spec
 from tandem.kvcache.block_pool import BlockPool
+from tandem.kvcache.host_tier import BlockCopy, make_host_tier
+from tandem.kvcache.prefix_journal import PrefixJournal
+from tandem.kvcache.storage import HostStorage
 from tandem.modelfiles import resolve_model, served_name
 from tandem.scheduler import PoolRole, Scheduler, make_policy, policy_name
 from tandem.tracing.buffer import TraceBuffer
@@ -41,6 +44,7 @@ from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from tandem.worker.affinity import CoreClaim
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
+from tandem.worker.host_copier import HostCopier
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.ranks import RankAddress, WorkerRanks
 from tandem.worker.shares import default_threads, neighbours_of
@@ -73,6 +77,9 @@ class Role(Protocol):
 
     def add_servicers(self, server: grpc.aio.Server) -> None:
         """Register this role's gRPC service."""
+
+    def restored(self, sequence: Sequence) -> None:
+        """KV of an admitted sequence is back from host memory: let it go on. Engine thread."""
 
     def tick(self) -> None:
         """Check deadlines, in the engine thread, at every heartbeat interval."""
@@ -149,8 +156,22 @@ class WorkerRuntime:
         self.pool = BlockPool(
             self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
         )
-        spec = self.engine.spec
-        self.scheduler = Scheduler(config.scheduler, self.pool, spec.max_model_len, policy)
+        spec, storage = self.engine.spec, self.engine.storage
+        block_bytes = storage.bytes_per_token * config.cache.block_size
+        self.host_tier = None
+        if self.tensor_parallel == 1:  # other ranks hold heads that rank 0 cannot copy
+            self.host_tier = make_host_tier(
+                config.cache, self.pool, block_bytes, swaps=self.role_name == "decode"
+            )
+        self.scheduler = Scheduler(
+            config.scheduler, self.pool, spec.max_model_len, policy, self.host_tier, block_bytes
+        )
+        in_host = None if self.host_tier is None else self.host_tier.pool
+        self.journal = PrefixJournal(self.pool, in_host)
+        self._copier: HostCopier | None = None
+        if self.host_tier is not None:
+            kv_in_host = HostStorage(storage, self.host_tier.pool.num_blocks)
+            self._copier = HostCopier(self.name, kv_in_host, storage.device, self._post_copied)
         self.kv_spec = make_kv_spec(
             *(self.model_name, spec.revision, self.engine.storage, config.transfer),
             num_kv_heads=spec.num_kv_heads,
@@ -216,6 +237,22 @@ class WorkerRuntime:
         self.iterations += 1
         self.progress += 1
 
+    def start_copies(self) -> None:
+        """Begin the copies to and from host memory that the last plan asks for."""
+        copies = self.scheduler.take_copies()
+        if copies and self._copier is not None:
+            ready = self.engine.record_event()
+            for copy in copies:
+                self._copier.submit(copy, ready)
+
+    def _post_copied(self, copy: BlockCopy, seconds: float, succeeded: bool) -> None:
+        self.loop.post(self._copied, copy, seconds, succeeded)
+
+    def _copied(self, copy: BlockCopy, seconds: float, succeeded: bool) -> None:
+        sequence = self.scheduler.copied(copy, seconds, succeeded=succeeded)
+        if sequence is not None:
+            self._role.restored(sequence)
+
     def count_tokens(self, kind: str, amount: int) -> None:
         """Count tokens computed, for the metrics and for the rate in `tandem status`."""
         self.metrics.count_tokens(kind, amount)
@@ -266,6 +303,17 @@ class WorkerRuntime:
 
     def status(self) -> cluster_pb2.WorkerStatus:
         """What `tandem status` shows of this worker."""
+        status = self._own_status()
+        if self.host_tier is not None:
+            pool = self.host_tier.pool
+            status.host_blocks_used = pool.num_used
+            status.host_blocks_cached = pool.num_cached
+            status.host_blocks_total = pool.num_blocks
+            for kind, copied in self.host_tier.blocks_copied.items():
+                status.host_blocks_copied[kind] = copied
+        return status
+
+    def _own_status(self) -> cluster_pb2.WorkerStatus:
         pool, scheduler, spec = self.pool, self.scheduler, self.engine.spec
         endpoint = self.endpoint
         return cluster_pb2.WorkerStatus(
@@ -288,6 +336,7 @@ class WorkerRuntime:
             iterations=self.iterations,
             policy=policy_name(self.config.scheduler, self.role_name),
             kernels=self.engine.kernels,
+            preemptions=dict(scheduler.num_preempted.items()),
             tensor_parallel=self.tensor_parallel,
             lent_requests=self.lent_requests,
             lent_tokens=self.lent_tokens,
@@ -325,6 +374,13 @@ class WorkerRuntime:
         self.metrics.set_blocks(self.pool.num_used, self.pool.num_cached, self.pool.num_blocks)
         self.metrics.unused_slots.set(self.scheduler.num_unused_slots)
         self.metrics.links.set(self.link_budget.num_open)
+        self.metrics.set_preemptions(self.scheduler.num_preempted)
+        if self.host_tier is not None:
+            host = self.host_tier
+            self.metrics.set_host_blocks(
+                host.pool.num_used, host.pool.num_cached, host.pool.num_blocks
+            )
+            self.metrics.set_host_copies(host.blocks_copied)
 
 
 class _WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -352,6 +408,8 @@ class _WorkerService(worker_pb2_grpc.WorkerServicer):
         def check() -> None:
             try:
                 self._runtime.pool.check_integrity()
+                if self._runtime.host_tier is not None:
+                    self._runtime.host_tier.pool.check_integrity()
             except IntegrityError as error:
                 violations.extend(error.message.splitlines())
 

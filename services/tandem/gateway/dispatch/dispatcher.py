@@ -28,6 +28,7 @@ from tandem.gateway.interfaces import DispatchObserver, ModelInfo
 from tandem.tracing.buffer import TraceBuffer
 from tandem.tracing.service import serve_tracing
 from tandem.v1 import worker_pb2
+from tandem.wire.prefixes import prefix_events_from_proto
 
 log = structlog.get_logger(__name__)
 
@@ -122,6 +123,8 @@ class Dispatcher:
             case "heartbeat":
                 load = message.heartbeat
                 self._routing.observe(stream.member.name, load.running, load.waiting)
+            case "prefixes":
+                self._prefixes(stream, message.prefixes)
             case "need_prefill":
                 self._traffic.need_prefill(stream, message.need_prefill)
             case "failed":
@@ -143,6 +146,12 @@ class Dispatcher:
         self.changes.notify()
 
     # ---- inside
+
+    def _prefixes(self, stream: DecodeStream, message: worker_pb2.PrefixEvents) -> None:
+        """Pass on what a worker has cached; after a gap, ask for all of it again."""
+        events = prefix_events_from_proto(message)
+        if stream.follows(events.number, reset=events.reset):
+            self._routing.observe_prefixes(stream.member.name, events)
 
     def _open(self, request: Request) -> Flight:
         if self._closed:

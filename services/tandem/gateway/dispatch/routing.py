@@ -14,6 +14,7 @@ import structlog
 
 from tandem.core.config import RouterConfig
 from tandem.core.errors import OverloadedError, UnavailableError
+from tandem.core.prefix_events import PrefixEvents
 from tandem.gateway.dispatch.flight import Flight
 from tandem.gateway.dispatch.pool import DecodePool
 from tandem.gateway.dispatch.stream import DecodeStream
@@ -92,6 +93,11 @@ class Routing:
         """Pass on what a decode worker says of its load."""
         if self._router is not None and worker in self._pool.accepting:
             self._router.observe(worker, running, waiting)
+
+    def observe_prefixes(self, worker: str, events: PrefixEvents) -> None:
+        """Pass on what a decode worker says of its prefix caches."""
+        if self._router is not None and worker in self._pool.accepting:
+            self._router.observe_prefixes(worker, events)
 
     def assign(self, flight: Flight, *, avoid_strictly: bool) -> Route:
         """Choose workers for the next attempt and count their load.

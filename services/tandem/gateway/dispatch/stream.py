@@ -70,6 +70,7 @@ class DecodeStream:
         self._retired = False
         self._num_requests = 0
         self._iterations = 0
+        self._prefix_number = 0
         self._call: ServeCall | None = None
         self._watchdog = Watchdog(timeouts.silence, timeouts.stall, self._frozen)
 
@@ -104,6 +105,17 @@ class DecodeStream:
         """Queue a message for the worker; dropped when the stream is over."""
         if not self._closed:
             self._outbox.put_nowait(message)
+
+    def follows(self, number: int, *, reset: bool) -> bool:
+        """Whether prefix events with this number continue those before, or begin anew. If they do
+        not, the worker is asked to begin anew, once."""
+        if reset or number == self._prefix_number + 1:
+            self._prefix_number = number
+            return True
+        if self._prefix_number >= 0:
+            self._prefix_number = -1  # which nothing but a reset follows, as numbers begin at 1
+            self.send(worker_pb2.GatewayMessage(resync=worker_pb2.ResyncPrefixes()))
+        return False
 
     def attach(self) -> None:
         """One more request is carried."""
@@ -156,6 +168,8 @@ class DecodeStream:
         self._events.stream_ready(self)
 
     def _note_progress(self, kind: str | None, message: worker_pb2.DecodeMessage) -> None:
+        if kind == "prefixes":
+            return
         if kind != "heartbeat":
             self._watchdog.progressed()
         elif message.heartbeat.iterations != self._iterations:
