@@ -57,6 +57,9 @@ class KeptRequests:
             leg.phase = "granted"
             sequence.remote = leg.held_tokens > 0
             return
+        if self._runtime.scheduler.is_restoring(sequence):
+            leg.phase = "granted"  # likewise, once what host memory has is back
+            return
         computed = min(sequence.num_computed, grant.reserved_tokens)
         self._holds.take(leg.peer.name, leg.leg_id, "out", sequence)
         transfer.open_sends(leg.leg_id)

@@ -285,6 +285,8 @@ class PrefillWorker:
         )
         leg.peer.send(worker_pb2.PrefillToDecode(started=started))
         if leg.phase == "keeping":
+            if sequence.phase == "receiving":  # its prefix came back from host memory
+                self._runtime.scheduler.fall_back(sequence)
             return
         self._holds.take(leg.peer.name, leg.leg_id, "out", sequence)
         transfer.open_sends(leg.leg_id)
