@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trace = _trace(options.trace, options.requests, options.rate * options.workers)
     prefill = options.workers * 2 // 5
     scheduler = {"max_batch_tokens": 2048, "chunk_size": 512}
-    config = TandemConfig.model_validate({"scheduler": scheduler})
+    config = TandemConfig.model_validate({"scheduler": scheduler, "lending": {"mode": "off"}})
     spec = ClusterSpec(load_profile(PROFILE), config, prefill, options.workers - prefill)
     began = time.perf_counter()
     gc.disable()  # requests come and go without cycles; walking them all again and again is waste

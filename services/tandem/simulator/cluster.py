@@ -10,6 +10,7 @@ from tandem.core.errors import ConfigError, IntegrityError
 from tandem.kvcache.block_pool import BlockPool
 from tandem.router import Router
 from tandem.scheduler import PoolRole, Scheduler, make_policy
+from tandem.scheduler.steady import is_indifferent
 from tandem.simulator.clock import Clock
 from tandem.simulator.decode import SimulatedDecode
 from tandem.simulator.gateway import SimulatedGateway
@@ -111,7 +112,8 @@ def _loops(
         name = f"{role}-{index}"
         machine, seed = machines[role, index], 2 * index + (role == "prefill")
         time = WorkerTime(profile.iteration, profile.shared, machine, role, seed)
-        loops.append(IterationLoop(name, scheduler, time, clock, use, recorder, spec.leaps))
+        learns = spec.config.lending.mode == "measured" or not is_indifferent(policy)
+        loops.append(IterationLoop(name, scheduler, time, clock, use, recorder, spec.leaps, learns))
     return loops
 
 

@@ -67,8 +67,12 @@ class IterationLoop:
         use: PoolUse,
         recorder: Timeline | None,
         leaps: bool = True,
+        learns: bool = True,
     ) -> None:
+        """`leaps`: over equal decode steps, where it may. `learns`: what iterations cost; without,
+        neither the policy nor lending may ask for it."""
         self.name = name
+        self._learns = learns
         self._scheduler = scheduler
         self._time = time
         self._clock = clock
@@ -179,7 +183,8 @@ class IterationLoop:
         if self._recorder is not None:
             self._recorder.iteration(self.name, began, self._clock.now, plan)
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        scheduler.measured(plan, seconds)
+        if self._learns:
+            scheduler.measured(plan, seconds)
         scheduler.advance(plan)
         self._role.computed(plan, began)
         for seq in samplers:

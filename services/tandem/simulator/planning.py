@@ -1,7 +1,8 @@
 """Which cluster serves a trace best: the highest rate per worker at which the objectives are met.
 
 A race: all candidates serve the same stretches of the trace at a rate that rises from rung to rung,
-and whoever meets the objectives of too few requests drops out; longer stretches as fewer are left.
+and whoever meets the objectives of too few requests drops out; longer stretches as fewer are left,
+so that every rung simulates about as many requests. A scout finds the rung to begin with.
 The last ones are measured closely, on several stretches each, so that it can be said how sure the
 order is. Then the winner's machine is made better in one respect at a time: what helps most is what
 limits it. Pure, but for the caller's `Runner`, which may use several cores; same seed, same answer.
@@ -31,9 +32,17 @@ _START = 0.25
 """The first rung, as a part of what the workers could do if nobody ever waited."""
 _FAR = 64
 """How far from the first rung rates are looked for, either way."""
-_FEWEST = 100
+_FAR_OFF = 8
+"""How far from the last rung a finalist's rate on one stretch is looked for."""
+_FEWEST = 64
 """Requests of a stretch."""
+_RUNG_SHARE = 0.1
+"""What part of all requests that may be simulated one rung takes; a finalist's trials together take
+less than `_FINAL_SHARE`."""
+_FINAL_SHARE = 0.15
 _FINALISTS = 3
+_TRIALS = 6
+"""About as many does it take to bracket a finalist's rate on one stretch."""
 _NARROW = 1.04
 """A finalist's rate is bracketed as closely as this."""
 _OVER = 1.1
@@ -93,6 +102,8 @@ class Goal:
     stretches: int = 5
     """On which a finalist is measured."""
     seed: int = 0
+    requests: int = 60_000
+    """About how many to simulate in all. Stretches are cut to keep within."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,8 @@ class Plan:
     """The share there, as things are."""
     missed: Mapping[str, int]
     trials: int
+    stretch_seconds: float = 0.0
+    """How long the stretches on which the best one was measured lasted at its rate."""
 
     @property
     def is_sure(self) -> bool:
@@ -181,8 +194,11 @@ class _Race:
         finalists, passed = self._climb()
         ranked = [self._measure(candidate, passed) for candidate in finalists]
         ranked.sort(key=lambda entry: -entry.rate)
+        if not ranked[0].rate:
+            raise ConfigError(self._hopeless({finalists[0]: 0.0}))
         over, limits = self._limits(ranked[0])
-        return Plan(tuple(ranked), limits, over.slo_met, over.missed, self._trials)
+        lasted = len(self._numbered(0, ranked[0].rate)) / ranked[0].rate
+        return Plan(tuple(ranked), limits, over.slo_met, over.missed, self._trials, lasted)
 
     # ------------------------------------------------------------------ the race
 
@@ -191,8 +207,10 @@ class _Race:
         left = candidates(self._goal)
         rate = _START * busy_rate(self._trace, self._goal.profile, self._goal.num_workers)
         lowest, highest, climbed = rate / _FAR, rate * _FAR, False
+        rate = self._scout(left[0], rate, highest)
         while True:
-            stretch = self._stretch(rate * self._goal.seconds / 3, self._rng)
+            most = _RUNG_SHARE * self._goal.requests / len(left)
+            stretch = self._stretch(min(rate * self._goal.seconds / 3, most), self._rng)
             outcomes = self._try([(c, rate, stretch) for c in left])
             met = {c: outcome.slo_met for c, outcome in zip(left, outcomes, strict=True)}
             staying = [c for c in left if met[c] >= self._goal.attainment]
@@ -207,6 +225,17 @@ class _Race:
                 best = sorted(left, key=lambda candidate: -met[candidate])[:_FINALISTS]
                 return best, rate / _RUNG
             left, rate = staying, rate * _RUNG
+
+    def _scout(self, candidate: Candidate, rate: float, highest: float) -> float:
+        """Return the last rung that one candidate keeps up with, the first one if none: the best
+        of all can do as much."""
+        while rate < highest:
+            most = _RUNG_SHARE * self._goal.requests / len(candidates(self._goal))
+            stretch = self._stretch(min(rate * self._goal.seconds / 3, most), self._rng)
+            if self._try([(candidate, rate, stretch)])[0].slo_met < self._goal.attainment:
+                break
+            rate *= _RUNG
+        return rate / _RUNG
 
     def _hopeless(self, met: Mapping[Candidate, float]) -> str:
         best = max(met, key=lambda candidate: met[candidate])
@@ -259,8 +288,9 @@ class _Race:
 
     def _numbered(self, number: int, rate: float) -> list[TraceRequest]:
         """Stretches that are the same for every finalist: of one number they begin together."""
-        rng = Random(f"{self._goal.seed} {number}")
-        return self._stretch(rate * self._goal.seconds, rng)
+        goal, rng = self._goal, Random(f"{self._goal.seed} {number}")
+        most = _FINAL_SHARE * goal.requests / (goal.stretches * _TRIALS)
+        return self._stretch(min(rate * goal.seconds, most), rng)
 
     def _stretch(self, requests: float, rng: Random) -> list[TraceRequest]:
         """A part of the trace as it is, so that its bursts and shared prefixes stay."""
@@ -279,8 +309,15 @@ class _Bracket:
     high: float = 0.0
     """The lowest that was not; 0: none yet."""
 
+    def __post_init__(self) -> None:
+        self._floor, self._ceiling = self.next / _FAR_OFF, self.next * _FAR_OFF
+
     @property
     def is_narrow(self) -> bool:
+        """Whether `low` is close enough. On some stretches no rate is low enough, for a few prompts
+        are too long for the objectives even alone: then it is 0."""
+        if 0 < self.high <= self._floor or self.low >= self._ceiling:
+            return True
         return self.low > 0 and 0 < self.high <= self.low * _NARROW
 
     def tried(self, sustained: bool) -> None:
