@@ -95,7 +95,8 @@ def test_a_stretch_that_no_rate_is_low_enough_for_ends_the_search_for_it() -> No
     while not bracket.is_narrow:
         bracket.tried(sustained=False)
         trials += 1
-    assert bracket.low == 0 and trials < 10
+    assert bracket.low == 0
+    assert trials < 10
     bracket = _Bracket(1.0)
     while not bracket.is_narrow:
         bracket.tried(sustained=True)
