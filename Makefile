@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-scheduling bench-micro bench-startup bench-gpu bench-simulator bench-prediction fuzz-kernels bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-links bench-scheduling bench-micro bench-startup bench-gpu bench-simulator bench-prediction fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -67,6 +67,9 @@ bench-cluster: $(BENCH_STAMP)  ## serving systems under a sweep of load (ARGS="-
 
 bench-gateway: $(STAMP)  ## what the path from a decode worker to a client costs
 	@$(BIN)/python -m benchmarks.gateway $(ARGS)
+
+bench-links: $(STAMP)  ## what a KV link makes of the wire, against bare gloo and memcpy
+	@$(BIN)/python -m benchmarks.links $(ARGS)
 
 bench-stages: $(STAMP)  ## where the time of a request goes before its tokens flow, from traces
 	@$(BIN)/python -m benchmarks.stages $(ARGS)

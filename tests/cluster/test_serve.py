@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -101,6 +102,25 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def expected(serve: Serve, pool: ThreadPoolExecutor) -> list[str]:
     """The answers of an undisturbed cluster."""
     return serve.ask_all(pool)()
+
+
+def test_a_trace_of_the_live_cluster_has_its_gateway_and_its_workers(
+    serve: Serve, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    page, events = tmp_path / "page.html", tmp_path / "events.jsonl"
+    controller = f"127.0.0.1:{serve.controller}"
+    files = ("--timeline", str(page), "--json", str(events))
+    traced = pool.submit(serve.tandem, "trace", "--controller", controller, "--last", "2s", *files)
+    number = 0
+    while not traced.done():
+        serve.ask(f"Count from {(number := number + 1)} to 60.")
+    done = traced.result()
+    assert done.returncode == 0, done.stderr
+    assert "submitted -> first prefill iteration" in done.stdout
+    assert "prefill-0" in page.read_text()
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    assert {"received", "submitted", "arrived", "finished"} <= {line.get("name") for line in lines}
+    assert any(line["event"] == "iteration" for line in lines)
 
 
 def test_the_printed_examples_work_when_pasted(serve: Serve) -> None:

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tandem.core.config import GatewayConfig
 from tandem.core.errors import TandemError
 from tandem.core.request import FinishReason, PositionLogprobs, Request, TokenLogprob
+from tandem.gateway.changes import Changes
 from tandem.gateway.http.app import create_app
 from tandem.gateway.interfaces import HandoverTimes, ModelInfo, OutputEvent, StageTimes
 from tandem.gateway.metrics import GatewayMetrics
@@ -87,6 +88,7 @@ class FakeDispatcher:
     """Stands in for the cluster: says `reply` token by token, then end of sequence."""
 
     def __init__(self, info: ModelInfo, reply: list[int]) -> None:
+        self.changes = Changes()
         self.model: ModelInfo | None = info
         self.ready = True
         self.reply = reply
@@ -105,6 +107,12 @@ class FakeDispatcher:
         self.cancelled: asyncio.Queue[str] = asyncio.Queue()
         """Ids of requests whose stream was closed before its end."""
         self.closed = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Tells of a change, as the real one does."""
+        super().__setattr__(name, value)
+        if name in ("model", "ready"):
+            self.changes.notify()
 
     async def start(self) -> None:
         """Nothing to connect to."""

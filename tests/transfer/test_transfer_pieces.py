@@ -75,6 +75,21 @@ def test_pieces_land_in_the_order_in_which_they_were_sent(connect: Connect) -> N
     assert target.events.landed == sent
 
 
+def test_small_pieces_that_wait_share_sends_and_land_one_by_one(connect: Connect) -> None:
+    source, target = Endpoint("p", TorchBlocks(seed=1)), Endpoint("d")
+    pair = connect(source, target)
+    pair.far.expect(1, 0, target.slots(range(64)))
+    pair.near.open_sends(1)
+    for start in range(64):  # all of them wait while the link opens
+        pair.near.send(source.piece(1, [start], start))
+    pair.near.finish_sends(1)
+    source.events.wait_sent(1)
+    assert [start for _, _, _, start, _ in target.events.landed] == list(range(64))
+    assert torch.equal(target.blocks.kv, source.blocks.kv)
+    assert sum(message.HasField("announce") for message in pair.to_far.seen) < 64
+    assert sum(message.HasField("ack") for message in pair.to_near.seen) < 64
+
+
 def test_both_directions_run_at_once(connect: Connect, devices: tuple[str, str]) -> None:
     ends = [Endpoint(name, TorchBlocks(seed=i, device=devices[i])) for i, name in enumerate("pd")]
     pair = connect(*ends)
@@ -148,18 +163,23 @@ def test_cancelled_sends_drop_what_is_not_on_the_wire(connect: Connect) -> None:
         assert go_on.wait(20)
 
     target.blocks.before_unpack = hold
-    pair.far.expect(1, 0, target.slots(range(12)))
+    pair.far.expect(1, 0, target.slots([0] * 400))
     pair.near.open_sends(1)
-    for start in range(12):
-        pair.near.send(source.piece(1, [start], start))
+    for start in range(400):
+        pair.near.send(source.piece(1, [0], start))
     assert scattering.wait(20)
     pair.near.cancel_sends(1)
     assert source.events.sends == []
     go_on.set()
     source.events.wait_sent(1)
     assert source.events.send_error(1) is None
-    announced = [m for m in pair.to_far.seen if m.HasField("announce")]
-    assert len(announced) < 12
+    announced = [
+        each
+        for m in pair.to_far.seen
+        if m.HasField("announce")
+        for each in (m.announce, *m.announce.more)
+    ]
+    assert len(announced) < 400
     assert pair.far.stats().pieces_landed == len(announced)
 
 

@@ -103,19 +103,19 @@ def test_a_frozen_peer_blocks_no_caller_and_close_does_not_wait_for_it(
     peer = start(here, LARGE)
     if frozen == "mid_stream":
         stream(here, peer, 1, 2)
-        peer.events.wait_landed(2)
+        peer.transfer.finish_sends(1)
+        here.events.wait_sent(1)
         peer.announced.clear()
-    else:
-        peer.transfer.open_sends(1)
+    peer.transfer.open_sends(3)
     peer.freeze()
-    peer.transfer.send(here.piece(1, range(1024 * 16)))
+    peer.transfer.send(here.piece(3, range(1024 * 16)))
     if frozen == "mid_stream":
         assert peer.announced.wait(WAIT_SECONDS)
-    peer.transfer.finish_sends(1)
-    peer.transfer.cancel_sends(1)
+    peer.transfer.finish_sends(3)
+    peer.transfer.cancel_sends(3)
     peer.transfer.expect(2, 0, here.slots([0]))
     peer.transfer.close()
-    assert len(here.events.sends) == 1
+    assert [leg for leg, _ in here.events.sends if leg == 3] == [3]
     assert here.events.receives == [2]
     assert peer.transfer.join(WAIT_SECONDS)
 

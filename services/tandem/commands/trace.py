@@ -129,7 +129,7 @@ def _report(timeline: Timeline, recordings: list[Recording]) -> None:
     if not steps:
         return
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    table.add_column("step", no_wrap=True)
+    table.add_column("step", overflow="fold")
     for heading in ("requests", "p50 ms", "p99 ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     for step in steps:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from tandem.core.request import FinishReason, PositionLogprobs, Request
+from tandem.gateway.changes import Changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,10 @@ class Dispatcher(Protocol):
     @property
     def model(self) -> ModelInfo | None:
         """The served model; None until the first membership arrives."""
+
+    @property
+    def changes(self) -> Changes:
+        """Notified whenever `ready` or `model` may have changed."""
 
     def generate(self, request: Request) -> OutputStream:
         """Start a request when it is first iterated.

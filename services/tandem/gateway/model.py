@@ -23,7 +23,6 @@ from tandem.gateway.text.tokenizer import Tokenizer, load_tokenizer
 from tandem.modelfiles import model_revision, read_json
 
 _DEFAULT_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-_POLL_SECONDS = 0.1
 _RETRY_SECONDS = 5.0
 _log = structlog.get_logger(__name__)
 
@@ -120,15 +119,14 @@ class ModelLoader:
         A model that cannot be loaded is tried again after a while: its files may be repaired.
         """
         while True:
-            pause = _POLL_SECONDS
-            if self._dispatcher.model is not None and self.current is None:
-                try:
-                    await self.get()
-                except UnavailableError:
-                    pause = _RETRY_SECONDS
-                    await asyncio.sleep(pause)
+            while self._dispatcher.model is None or self.current is not None:
+                await self._dispatcher.changes.wait()
+            try:
+                await self.get()
+            except UnavailableError:
+                if self._failed is not None:
+                    await asyncio.sleep(_RETRY_SECONDS)  # nothing tells of a repaired file
                     self._failed = None
-            await asyncio.sleep(pause)
 
     @property
     def _failed_info(self) -> ModelInfo | None:
@@ -143,3 +141,4 @@ class ModelLoader:
         else:
             self._failed = None
             _log.info("model known", model=info.name, path=info.path)
+            self._dispatcher.changes.notify()

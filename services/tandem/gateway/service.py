@@ -16,6 +16,7 @@ from typing import Literal
 
 from tandem.core.errors import ModelNotFoundError, TandemError
 from tandem.core.request import Request
+from tandem.gateway.changes import Changes
 from tandem.gateway.interfaces import Dispatcher
 from tandem.gateway.metrics import GatewayMetrics
 from tandem.gateway.model import ModelLoader, ServedModel
@@ -76,6 +77,11 @@ class InferenceService:
     def has_cache(self) -> bool:
         """Whether answers are kept, and each says whether it was."""
         return self._cache is not None
+
+    @property
+    def changes(self) -> Changes:
+        """Notified whenever `ready` may have changed."""
+        return self._dispatcher.changes
 
     @property
     def ready(self) -> bool:

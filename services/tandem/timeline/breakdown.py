@@ -70,7 +70,10 @@ def breakdown(timeline: Timeline) -> list[Step]:
             _note_total(SUBMIT_TOTAL, began, first, running[first.worker], totals)
         if life.chunks and life.steps and life.landed and "joined" in life.stages:
             first, joined = life.steps[0], life.stages["joined"]
-            marks = [(life.chunks[-1].ended, "last chunk computed"), (life.sent, "last piece sent")]
+            computed = life.chunks[-1].ended
+            # Pieces leave as layers are done, so the last one may go before its iteration ends.
+            sent = max(computed, life.sent)
+            marks = [(computed, "last chunk computed"), (sent, "last piece sent")]
             marks += [(life.landed, "last piece landed"), (joined, "joined")]
             _note_steps([*marks, (first.began, "first decode iteration")], found)
             _note_total(HANDOVER_TOTAL, life.landed, first, running[first.worker], totals)

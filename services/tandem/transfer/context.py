@@ -12,7 +12,7 @@ import structlog
 from tandem.core.config import TransferConfig
 from tandem.tracing.buffer import TraceBuffer
 from tandem.transfer.budget import LinkBudget
-from tandem.transfer.group import LinkGroup, Rendezvous, connect_store, meet, open_group
+from tandem.transfer.group import LinkGroup, Rendezvous, connect_store, open_group
 from tandem.transfer.spec import Backend
 from tandem.transfer.stats import TransferCounters
 from tandem.transfer.types import KVBlocks, TransferEvents
@@ -81,13 +81,13 @@ class LinkContext:
     trace: TraceBuffer
     log: Any = None
 
-    def make_group(
-        self, offer: worker_pb2.LinkOpen, rank: int, alive: Callable[[], bool]
-    ) -> LinkGroup:
-        """Meet the peer in the opener's store and make the epoch's group. Raises `LinkError`."""
+    def make_group(self, offer: worker_pb2.LinkOpen, rank: int) -> LinkGroup:
+        """Make the epoch's group in the opener's store, where the peer is about to come too.
+
+        Blocks for `connect_timeout` at most, and cannot be interrupted. Raises `LinkError`.
+        """
         timeout = self.config.connect_timeout
         store = connect_store(offer.store_host, offer.store_port, offer.store_prefix, timeout)
-        meet(store, rank, timeout, alive)
         host, device = self.rendezvous.host, self.blocks.kv.device
         return open_group(self.backend, store, rank, host, device, timeout)
 

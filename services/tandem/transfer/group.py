@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -26,11 +25,7 @@ from tandem.transfer.spec import Backend
 dist: Any = torch.distributed  # its stubs lack most of what is used here
 Store = Any
 
-_NCCL_MAX_CTAS = 4
-"""Each NCCL channel costs some 6 MB of GPU memory per group and takes an SM from the model."""
-_POLL_SECONDS = 0.0002
-_MEET_POLL_SECONDS = 0.002
-_DATA_TAG = 0
+DATA_TAG = 0
 _ABORT_TAG = 1
 
 
@@ -38,14 +33,24 @@ class LinkError(TandemError):
     """A link broke: time-out, lost connection, abort, or a message out of order."""
 
 
+class Transfer(Protocol):
+    """A send or receive that was posted. Its buffer is in use until it is complete."""
+
+    def wait(self, timeout: float) -> None:
+        """Block until it is complete. Raises `LinkError`."""
+
+
 class LinkGroup(Protocol):
-    """One epoch's group. After any error it is dead."""
+    """One epoch's group. After any error it is dead.
 
-    def send(self, buffer: torch.Tensor, timeout: float) -> None:
-        """Send a contiguous uint8 tensor to rank 1. Raises `LinkError`."""
+    What is posted is transferred in order, each after the one before.
+    """
 
-    def recv(self, buffer: torch.Tensor, timeout: float) -> None:
-        """Receive into a contiguous uint8 tensor from rank 0. Raises `LinkError`."""
+    def post_send(self, buffer: torch.Tensor) -> Transfer:
+        """Start to send a contiguous uint8 tensor to rank 1. Raises `LinkError`."""
+
+    def post_recv(self, buffer: torch.Tensor) -> Transfer:
+        """Start to receive into a contiguous uint8 tensor from rank 0. Raises `LinkError`."""
 
     def abort(self) -> None:
         """Kill the group: every operation on it, here and at the peer, fails promptly."""
@@ -99,22 +104,6 @@ def connect_store(host: str, port: int, prefix: str, timeout: float) -> Store:
     return dist.PrefixStore(prefix, client)
 
 
-def meet(store: Store, rank: int, timeout: float, alive: Callable[[], bool]) -> None:
-    """Wait until the other rank is in the store too, so that making the group takes no time.
-
-    A group's constructor cannot be interrupted; this can: it raises `LinkError` when `alive` turns
-    false, and after `timeout` seconds.
-    """
-    deadline = time.monotonic() + timeout
-    store.set(f"rank{rank}", "here")
-    while not store.check([f"rank{1 - rank}"]):
-        if not alive():
-            raise LinkError("aborted while it was being opened")
-        if time.monotonic() > deadline:
-            raise LinkError(f"the peer did not come to open the link within {timeout:g} s")
-        time.sleep(_MEET_POLL_SECONDS)
-
-
 def open_group(
     backend: Backend,
     store: Store,
@@ -123,8 +112,13 @@ def open_group(
     device: torch.device,
     timeout: float,
 ) -> LinkGroup:
-    """Make the group of two ranks that have met. Blocks `timeout` s if one is gone again."""
+    """Make the group of two ranks that are both about to; cannot be interrupted.
+
+    Blocks `timeout` seconds if the other is gone again. Raises `LinkError`.
+    """
     if backend == "nccl":
+        from tandem.transfer.nccl_group import NcclGroup
+
         return NcclGroup(store, rank, device)
     return GlooGroup(store, rank, host, timeout)
 
@@ -140,17 +134,11 @@ class GlooGroup:
         self._group = dist.ProcessGroupGloo(store, rank, 2, options)
         self._aborted = threading.Event()
 
-    def send(self, buffer: torch.Tensor, timeout: float) -> None:
-        try:
-            self._group.send([buffer], self._peer, _DATA_TAG).wait(timedelta(seconds=timeout))
-        except RuntimeError as error:
-            raise self._explain(error) from error
+    def post_send(self, buffer: torch.Tensor) -> Transfer:
+        return self._post(self._group.send, buffer)
 
-    def recv(self, buffer: torch.Tensor, timeout: float) -> None:
-        try:
-            self._group.recv([buffer], self._peer, _DATA_TAG).wait(timedelta(seconds=timeout))
-        except RuntimeError as error:
-            raise self._explain(error) from error
+    def post_recv(self, buffer: torch.Tensor) -> Transfer:
+        return self._post(self._group.recv, buffer)
 
     def abort(self) -> None:
         """Gloo's own `abort` leaves blocked operations blocked, but a wait that times out closes
@@ -163,61 +151,36 @@ class GlooGroup:
         with suppress(RuntimeError):
             self._group.recv([scratch], self._peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
 
-    def _explain(self, error: RuntimeError) -> LinkError:
-        return LinkError("aborted" if self._aborted.is_set() else _gist(error))
-
-
-class NcclGroup:
-    """Over NCCL, from and into GPU memory.
-
-    The communicator is made by the first operation. Completion is polled, so that `abort` or the
-    deadline ends the wait whatever the peer does; the group's own watchdog, which would end the
-    process, is switched off.
-    """
-
-    def __init__(self, store: Store, rank: int, device: torch.device) -> None:
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-        options = dist.ProcessGroupNCCL.Options()
-        options.config.max_ctas = _NCCL_MAX_CTAS
-        self._peer = 1 - rank
-        self._group = dist.ProcessGroupNCCL(store, rank, 2, options)
-        self._aborted = threading.Event()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def send(self, buffer: torch.Tensor, timeout: float) -> None:
-        self._run(self._group.send, buffer, timeout)
-
-    def recv(self, buffer: torch.Tensor, timeout: float) -> None:
-        self._run(self._group.recv, buffer, timeout)
-
-    def abort(self) -> None:
-        """In a thread: tearing a communicator down takes NCCL up to some 100 ms."""
-        if self._aborted.is_set():
-            return
-        self._aborted.set()
-        threading.Thread(target=self._group.abort, name="nccl-abort", daemon=True).start()
-
-    def _run(self, operation: Any, buffer: torch.Tensor, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        try:
-            with torch.cuda.device(buffer.device), torch.cuda.stream(self._stream):
-                operation([buffer], self._peer, _DATA_TAG).wait()
-                done.record(self._stream)
-            while not done.query():  # type: ignore[no-untyped-call]
-                if self._aborted.is_set():
-                    raise LinkError("aborted")
-                if time.monotonic() > deadline:
-                    raise LinkError(f"timed out after {timeout:g} s")
-                time.sleep(_POLL_SECONDS)
-        except RuntimeError as error:
-            raise LinkError(_gist(error)) from error
+    def _post(self, operation: Callable[..., Any], buffer: torch.Tensor) -> Transfer:
         if self._aborted.is_set():
             raise LinkError("aborted")
+        try:
+            return _GlooTransfer(operation([buffer], self._peer, DATA_TAG), buffer, self.explain)
+        except RuntimeError as error:
+            raise self.explain(error) from error
+
+    def explain(self, error: RuntimeError) -> LinkError:
+        return LinkError("aborted" if self._aborted.is_set() else gist(error))
 
 
-def _gist(error: RuntimeError) -> str:
+class _GlooTransfer:
+    """Keeps its buffer, which gloo only borrows."""
+
+    def __init__(
+        self, work: Any, buffer: torch.Tensor, explain: Callable[[RuntimeError], LinkError]
+    ) -> None:
+        self._work = work
+        self._buffer = buffer
+        self._explain = explain
+
+    def wait(self, timeout: float) -> None:
+        try:
+            self._work.wait(timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise self._explain(error) from error
+
+
+def gist(error: RuntimeError) -> str:
     """What happened, without the source line before it and the advice after it."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[\S+:\d+\] ", "", text).split(". This is typically")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tandem.tracing.buffer import PieceRef
 from tandem.transfer.receive_ledger import PieceRange
 from tandem.transfer.send_ledger import Outgoing
@@ -11,19 +13,23 @@ from tandem.v1 import worker_pb2
 LinkMessage = worker_pb2.LinkMessage
 
 
-def announcement(outgoing: Outgoing) -> LinkMessage:
-    """The next piece on the wire."""
+def announcement(batch: Sequence[Outgoing]) -> LinkMessage:
+    """The next pieces on their way, in one send."""
+    first, *more = (_announce(outgoing) for outgoing in batch)
+    first.more.extend(more)
+    return LinkMessage(announce=first)
+
+
+def _announce(outgoing: Outgoing) -> worker_pb2.LinkAnnounce:
     piece = outgoing.piece
-    return LinkMessage(
-        announce=worker_pb2.LinkAnnounce(
-            sequence_number=outgoing.sequence_number,
-            leg_id=piece.leg_id,
-            chunk=piece.chunk,
-            first_layer=piece.first_layer,
-            num_layers=piece.num_layers,
-            start=piece.start,
-            num_tokens=len(piece.slots),
-        )
+    return worker_pb2.LinkAnnounce(
+        sequence_number=outgoing.sequence_number,
+        leg_id=piece.leg_id,
+        chunk=piece.chunk,
+        first_layer=piece.first_layer,
+        num_layers=piece.num_layers,
+        start=piece.start,
+        num_tokens=len(piece.slots),
     )
 
 
@@ -55,6 +61,11 @@ def ref_of_range(piece: PieceRange) -> PieceRef:
 def opened(error: str = "") -> LinkMessage:
     """The answer to a LinkOpen; empty: come in."""
     return LinkMessage(opened=worker_pb2.LinkOpened(error=error))
+
+
+def connect() -> LinkMessage:
+    """Both agree and are awake: the opener makes the group now."""
+    return LinkMessage(connect=worker_pb2.LinkConnect())
 
 
 def acknowledgement(sequence_number: int) -> LinkMessage:

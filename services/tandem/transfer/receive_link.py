@@ -8,19 +8,19 @@ into scratch, if its leg is not expected any more.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from tandem.core.errors import PeerMismatchError
 from tandem.transfer import messages
+from tandem.transfer.arrivals import Arrivals
 from tandem.transfer.context import LinkContext, ended
 from tandem.transfer.group import LinkError, LinkGroup
 from tandem.transfer.receive_ledger import PieceRange, ReceiveLedger, RejectedPieceError
 from tandem.transfer.spec import check_kv_spec
-from tandem.transfer.staging import PieceBuffer
 from tandem.v1 import worker_pb2
 
 
@@ -29,14 +29,13 @@ class ReceiveLink:
 
     ::
 
-        closed --LinkOpen--> checking --match: LinkOpened--> connecting --> open --LinkAnnounce--+
-          ^  ^                  |                              |            ^ |                  |
-          |  +-- LinkOpened(error) <-- mismatch                |            | |   receive, scatter
-          |                                                    |            | |   or drain, LinkAck
-          |                                                    v            | v                  |
-          +-- waits for the next epoch's LinkOpen <-- broken: LinkBroken, abort                  |
-          |                                                                 +--------------------+
-          +-- LinkClosed (evicted while idle)
+        closed --LinkOpen--> checking --match: LinkOpened--> answered --LinkConnect--> open
+          ^  ^                  |                               |                      | ^
+          |  +-- LinkOpened(error) <-- mismatch                 |     LinkAnnounce: post a receive
+          |                                                     |     it arrives: scatter or drain,
+          |                                                     v                LinkAck | |
+          +-- waits for the next epoch's LinkOpen <-- broken: LinkBroken, abort <--------+ |
+          +-- LinkClosed (evicted while idle) <--------------------------------------------+
 
     A LinkOpen of a later epoch or a LinkBroken aborts the current epoch in any state. `close`
     aborts and ends the thread.
@@ -44,7 +43,7 @@ class ReceiveLink:
 
     def __init__(self, context: LinkContext) -> None:
         self._context = context
-        self._buffer = PieceBuffer(context.blocks)
+        self._arrivals = Arrivals(context)
         self._ledger = ReceiveLedger(context.spec.num_layers)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -54,7 +53,8 @@ class ReceiveLink:
         self._broken = True
         self._inbox: deque[worker_pb2.LinkMessage] = deque()
         self._group: LinkGroup | None = None
-        self._last_sequence_number = 0
+        # The thread's own:
+        self._open_epoch = 0
 
     @property
     def is_open(self) -> bool:
@@ -131,20 +131,41 @@ class ReceiveLink:
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        while (message := self._next_message()) is not None:
+        while (step := self._next_step()) is not None:
+            epoch, act = step
             try:
-                self._take(message)
+                act()
             except Exception as error:
-                self._break(message.epoch, error)
+                self._break(epoch, error)
         self._drop_group()
 
-    def _next_message(self) -> worker_pb2.LinkMessage | None:
+    def _next_step(self) -> tuple[int, Callable[[], None]] | None:
+        """Wait for something to do; returns it and its epoch. None: the link was stopped.
+
+        What was announced is posted before what has arrived is scattered, so the wire never waits
+        for blocks.
+        """
         with self._changed:
-            while not self._stopped and not self._inbox:
+            while not self._stopped:
                 if self._broken and self._group is not None:
                     self._drop_group()
+                if (message := self._first_message()) is not None:
+                    self._inbox.popleft()
+                    return message.epoch, partial(self._take, message)
+                if self._arrivals:
+                    return self._open_epoch, self._land
                 self._changed.wait()
-            return None if self._stopped else self._inbox.popleft()
+            return None
+
+    def _first_message(self) -> worker_pb2.LinkMessage | None:
+        """The next message if its turn has come: in order, but for an epoch that replaces this."""
+        if not self._inbox:
+            return None
+        message = self._inbox[0]
+        turn = not self._arrivals or message.HasField("open")
+        if message.HasField("announce"):
+            turn = self._arrivals.has_room(message.announce)
+        return message if turn else None
 
     def _take(self, message: worker_pb2.LinkMessage) -> None:
         match message.WhichOneof("kind"):
@@ -152,7 +173,7 @@ class ReceiveLink:
                 self._drop_group()
                 self._open(message.epoch, message.open)
             case "announce":
-                self._receive(message.epoch, message.announce)
+                self._post(message.announce)
             case "closed":
                 self._drop_group()
                 self._context.log.info("link closed", epoch=message.epoch, direction="receive")
@@ -168,17 +189,34 @@ class ReceiveLink:
             self._refuse(epoch, str(error))
             return
         self._control(epoch, messages.opened())
-        group = context.make_group(offer, 1, lambda: self._is_current(epoch))
+        self._await_connect(epoch)
+        group = context.make_group(offer, 1)
         with self._changed:
             self._group = group
-            if not self._is_current(epoch):
-                raise LinkError("superseded while it was being opened")
-            self._last_sequence_number = 0
-        group.recv(self._buffer.probe(), context.config.connect_timeout)
+            self._open_epoch = epoch
+            self._check_current(epoch)
+        group.post_recv(self._arrivals.probe()).wait(context.config.connect_timeout)
         context.log.info("link opened", epoch=epoch, direction="receive")
+
+    def _await_connect(self, epoch: int) -> None:
+        """Wait until the opener is about to make the group, which cannot be interrupted."""
+        timeout = self._context.config.connect_timeout
+        with self._changed:
+            called = self._changed.wait_for(
+                lambda: self._inbox or not self._is_current(epoch), timeout
+            )
+            self._check_current(epoch)
+            if not called:
+                raise LinkError(f"the peer did not come to open the link within {timeout:g} s")
+            if not self._inbox.popleft().HasField("connect"):
+                raise LinkError("the peer sent something else than its LinkConnect")
 
     def _is_current(self, epoch: int) -> bool:
         return epoch == self._epoch and not self._broken and not self._stopped
+
+    def _check_current(self, epoch: int) -> None:
+        if not self._is_current(epoch):
+            raise LinkError("aborted while it was being opened")
 
     def _refuse(self, epoch: int, reason: str) -> None:
         with self._changed:
@@ -187,43 +225,54 @@ class ReceiveLink:
         self._control(epoch, messages.opened(reason))
         self._context.events.link_failed(failed, reason)
 
-    def _receive(self, epoch: int, announce: worker_pb2.LinkAnnounce) -> None:
-        """Take one piece off the wire, put it where it belongs, acknowledge it."""
+    def _post(self, announce: worker_pb2.LinkAnnounce) -> None:
+        """Receive an announced piece behind those that are on their way."""
         with self._changed:
             group = self._group
-            expected = self._last_sequence_number + 1
         if group is None:
             raise LinkError("a piece was announced on a link that is not open")
-        if announce.sequence_number != expected:
-            raise LinkError(f"piece {announce.sequence_number} announced, {expected} was next")
-        wire = self._buffer.make_room(announce.num_layers, announce.num_tokens)
-        started = time.monotonic()
-        group.recv(wire, self._context.config.transfer_timeout)
-        seconds = time.monotonic() - started
-        landed = self._scatter(messages.piece_range(announce), seconds, wire.numel())
-        self._context.counters.received(wire.numel(), seconds, landed=landed)
-        with self._changed:
-            self._last_sequence_number = expected
-        self._control(epoch, messages.acknowledgement(expected))
+        self._arrivals.post(announce, group)
 
-    def _scatter(self, piece: PieceRange, seconds: float, nbytes: int) -> bool:
+    def _post_announced(self) -> None:
+        """Post what was announced meanwhile, as far as there is staging for it."""
+        while True:
+            with self._changed:
+                message = self._first_message()
+                if message is None or not message.HasField("announce"):
+                    return
+                self._inbox.popleft()
+            self._post(message.announce)
+
+    def _land(self) -> None:
+        """Wait for the oldest send, put its pieces where they belong, acknowledge them."""
+        arrival, seconds = self._arrivals.wait()
+        self._post_announced()
+        share = seconds / len(arrival.announced)
+        for piece, staged in self._arrivals.pieces(arrival):
+            landed = self._scatter(piece, staged, share)
+            self._context.counters.received(staged.nbytes, share, landed=landed)
+        self._arrivals.release()
+        self._control(self._open_epoch, messages.acknowledgement(arrival.last_number))
+
+    def _scatter(self, piece: PieceRange, staged: torch.Tensor, seconds: float) -> bool:
         """Write a received piece into its leg's blocks. False if it was not wanted, or failed."""
         landed = False
+        context = self._context
         try:
             with self._changed:
                 target = self._ledger.begin(piece)
             if target is None:
                 return False
-            self._buffer.unpack(piece.first_layer, piece.num_layers, target.slots, target.written)
+            self._arrivals.scatter(piece, staged, target)
             landed = True
-            self._context.trace.landed(self._context.peer_name, messages.ref_of_range(piece))
-            self._context.events.piece_landed(*piece, seconds, nbytes)
+            context.trace.landed(context.peer_name, messages.ref_of_range(piece))
+            context.events.piece_landed(*piece, seconds, staged.nbytes)
         except Exception as error:
             reason = f"KV could not be scattered: {error}"
             if isinstance(error, RejectedPieceError):
                 reason = str(error)
-            self._context.log.error("piece failed", legs=[piece.leg_id], reason=reason)
-            self._context.events.link_failed([piece.leg_id], reason)
+            context.log.error("piece failed", legs=[piece.leg_id], reason=reason)
+            context.events.link_failed([piece.leg_id], reason)
         finally:
             self._update(lambda: self._ledger.end(landed=landed))
         return landed
@@ -247,6 +296,7 @@ class ReceiveLink:
             group, self._group = self._group, None
         if group is not None:
             group.abort()
+        self._arrivals.discard()
 
     def _control(self, epoch: int, message: worker_pb2.LinkMessage) -> None:
         self._context.send(message, epoch, to_opener=True)

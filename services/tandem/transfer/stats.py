@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class TransferStats:
-    """A snapshot. Seconds are time on the wire, summed over pieces."""
+    """A snapshot. Seconds are those in which pieces were on their way, several at a time or one.
+
+    A sender counts them until the acknowledgement, a receiver until the bytes are there.
+    """
 
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -31,15 +34,16 @@ class TransferCounters:
         self._lock = threading.Lock()
         self._stats = TransferStats()
 
-    def sent(self, nbytes: int, seconds: float) -> None:
+    def sent(self, nbytes: int, pieces: int) -> None:
         with self._lock:
             now = self._stats
             self._stats = replace(
-                now,
-                bytes_sent=now.bytes_sent + nbytes,
-                send_seconds=now.send_seconds + seconds,
-                pieces_sent=now.pieces_sent + 1,
+                now, bytes_sent=now.bytes_sent + nbytes, pieces_sent=now.pieces_sent + pieces
             )
+
+    def acknowledged(self, seconds: float) -> None:
+        with self._lock:
+            self._stats = replace(self._stats, send_seconds=self._stats.send_seconds + seconds)
 
     def received(self, nbytes: int, seconds: float, *, landed: bool) -> None:
         with self._lock:

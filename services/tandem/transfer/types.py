@@ -25,13 +25,16 @@ class KVBlocks(Protocol):
         slots: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gather slots into a contiguous [num_layers, 2, n, num_kv_heads, head_dim]."""
+        """Gather slots into a contiguous [num_layers, 2, n, num_kv_heads, head_dim].
+
+        `out` may be host memory where the blocks are not; the copy is then queued.
+        """
         ...
 
     def unpack(
         self, first_layer: int, num_layers: int, slots: torch.Tensor, staging: torch.Tensor
     ) -> None:
-        """Scatter what `pack` gathered into slots."""
+        """Scatter what `pack` gathered, here or into host memory, into slots."""
         ...
 
 

@@ -1206,6 +1206,7 @@ class LinkMessage(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     BROKEN_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    CONNECT_FIELD_NUMBER: _builtins.int
     FROM_RANK_FIELD_NUMBER: _builtins.int
     TO_RANK_FIELD_NUMBER: _builtins.int
     to_opener: _builtins.bool
@@ -1226,7 +1227,7 @@ class LinkMessage(_message.Message):
 
     @_builtins.property
     def announce(self) -> Global___LinkAnnounce:
-        """sender -> receiver: the next piece on the wire"""
+        """sender -> receiver: the next piece on its way"""
 
     @_builtins.property
     def ack(self) -> Global___LinkAck:
@@ -1240,6 +1241,10 @@ class LinkMessage(_message.Message):
     def closed(self) -> Global___LinkClosed:
         """sender -> receiver: evicted while idle"""
 
+    @_builtins.property
+    def connect(self) -> Global___LinkConnect:
+        """sender -> receiver: the answer came, meet me now"""
+
     def __init__(
         self,
         *,
@@ -1251,14 +1256,15 @@ class LinkMessage(_message.Message):
         ack: Global___LinkAck | None = ...,
         broken: Global___LinkBroken | None = ...,
         closed: Global___LinkClosed | None = ...,
+        connect: Global___LinkConnect | None = ...,
         from_rank: _builtins.int = ...,
         to_rank: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "kind", b"kind", "open", b"open", "opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "connect", b"connect", "kind", b"kind", "open", b"open", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "epoch", b"epoch", "from_rank", b"from_rank", "kind", b"kind", "open", b"open", "opened", b"opened", "to_opener", b"to_opener", "to_rank", b"to_rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "announce", b"announce", "broken", b"broken", "closed", b"closed", "connect", b"connect", "epoch", b"epoch", "from_rank", b"from_rank", "kind", b"kind", "open", b"open", "opened", b"opened", "to_opener", b"to_opener", "to_rank", b"to_rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "announce", "ack", "broken", "closed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "announce", "ack", "broken", "closed", "connect"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1326,6 +1332,7 @@ class LinkAnnounce(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     sequence_number: _builtins.int
     """consecutive within an epoch"""
     leg_id: _builtins.int
@@ -1334,6 +1341,10 @@ class LinkAnnounce(_message.Message):
     num_layers: _builtins.int
     start: _builtins.int
     num_tokens: _builtins.int
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkAnnounce]:
+        """pieces that follow in the same send, in order"""
+
     def __init__(
         self,
         *,
@@ -1344,10 +1355,11 @@ class LinkAnnounce(_message.Message):
         num_layers: _builtins.int = ...,
         start: _builtins.int = ...,
         num_tokens: _builtins.int = ...,
+        more: _abc.Iterable[Global___LinkAnnounce] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "first_layer", b"first_layer", "leg_id", b"leg_id", "num_layers", b"num_layers", "num_tokens", b"num_tokens", "sequence_number", b"sequence_number", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "first_layer", b"first_layer", "leg_id", b"leg_id", "more", b"more", "num_layers", b"num_layers", "num_tokens", b"num_tokens", "sequence_number", b"sequence_number", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1406,6 +1418,21 @@ class LinkClosed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinkClosed: _TypeAlias = LinkClosed  # noqa: Y015
+
+@_typing.final
+class LinkConnect(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkConnect: _TypeAlias = LinkConnect  # noqa: Y015
 
 @_typing.final
 class WorkerStatusRequest(_message.Message):

@@ -20,7 +20,7 @@ from tandem.wire.requests import (
 )
 from tandem.wire.sampling import as_on_the_wire, sampling_from_proto, sampling_to_proto
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Grows with every change that an older worker would misread; peers must have the same one."""
 
 __all__ = [

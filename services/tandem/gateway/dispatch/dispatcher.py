@@ -16,6 +16,7 @@ import structlog
 from tandem.core.config import GatewayConfig
 from tandem.core.errors import UnavailableError
 from tandem.core.request import Request
+from tandem.gateway.changes import Changes
 from tandem.gateway.dispatch.flight import Flight
 from tandem.gateway.dispatch.pool import DecodePool
 from tandem.gateway.dispatch.routing import Routing
@@ -57,6 +58,7 @@ class Dispatcher:
         self._routing = Routing(config.router, self._pool, rng.getrandbits(32))
         self._traffic = Traffic(config, self._routing, observer, self.gateway_id, self._trace)
         self._view = ClusterView(controller_address, self.gateway_id, self._membership, rng)
+        self.changes = Changes()
         self._host = config.host
         self._tracing: grpc.aio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -93,6 +95,7 @@ class Dispatcher:
     async def close(self) -> None:
         """Fail what is in flight and end every stream and connection. Idempotent."""
         self._closed = True
+        self.changes.notify()
         self._traffic.fail_all(UnavailableError("the gateway is shutting down"))
         if self._watch is not None:
             self._watch.cancel()
@@ -109,6 +112,7 @@ class Dispatcher:
         log.info("decode stream ready", worker=member.name, incarnation=member.incarnation)
         self._routing.refresh()
         self._traffic.capacity_changed()
+        self.changes.notify()
 
     def stream_message(self, stream: DecodeStream, message: worker_pb2.DecodeMessage) -> None:
         """Pass on what a worker says."""
@@ -136,6 +140,7 @@ class Dispatcher:
             )
         self._routing.refresh()
         self._traffic.lost(stream, cause, detail)
+        self.changes.notify()
 
     # ---- inside
 
@@ -148,3 +153,4 @@ class Dispatcher:
         self._routing.set_membership(membership)
         self._pool.update(membership.decode)
         self._routing.refresh()
+        self.changes.notify()

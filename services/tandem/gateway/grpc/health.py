@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 
 import grpc
@@ -13,7 +12,6 @@ from tandem.gateway.grpc.calls import Context
 from tandem.gateway.service import InferenceService
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-_WATCH_SECONDS = 0.2
 _Status = health_pb2.HealthCheckResponse
 
 
@@ -28,6 +26,7 @@ class HealthServicer:
     def stop(self) -> None:
         """From now on: NOT_SERVING. Ends the watches, which would hold up the server's end."""
         self._stopping = True
+        self._service.changes.notify()
 
     async def Check(  # noqa: N802  named by the contract
         self, request: health_pb2.HealthCheckRequest, context: Context
@@ -56,7 +55,7 @@ class HealthServicer:
                 sent = status
             if self._stopping:
                 return
-            await asyncio.sleep(_WATCH_SECONDS)
+            await self._service.changes.wait()
 
     def _status(self, name: str) -> health_pb2.HealthCheckResponse.ServingStatus.ValueType:
         if name not in self._names:
