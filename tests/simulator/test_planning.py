@@ -14,12 +14,12 @@ from tandem.cli import app
 from tandem.commands.plan import describe
 from tandem.core.errors import ConfigError
 from tandem.simulator import ClusterSpec, TraceRequest, simulate
+from tandem.simulator.bracket import Bracket
 from tandem.simulator.planning import (
     Goal,
     Outcome,
     Plan,
     Trial,
-    _Bracket,
     candidates,
     make_plan,
 )
@@ -91,13 +91,13 @@ def test_objectives_that_nobody_can_meet_are_said_to_be_so(make_spec: MakeSpec) 
 
 
 def test_a_stretch_that_no_rate_is_low_enough_for_ends_the_search_for_it() -> None:
-    bracket, trials = _Bracket(1.0), 0
+    bracket, trials = Bracket(1.0), 0
     while not bracket.is_narrow:
         bracket.tried(sustained=False)
         trials += 1
     assert bracket.low == 0
     assert trials < 10
-    bracket = _Bracket(1.0)
+    bracket = Bracket(1.0)
     while not bracket.is_narrow:
         bracket.tried(sustained=True)
     assert 1 < bracket.low < 16

@@ -18,6 +18,7 @@ from statistics import fmean
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError
 from tandem.scheduler.costs import Work
+from tandem.simulator.bracket import RUNG, Bracket
 from tandem.simulator.cluster import ClusterSpec
 from tandem.simulator.limits import improvements
 from tandem.simulator.profile import Profile
@@ -26,14 +27,10 @@ from tandem.simulator.trace import TraceRequest
 
 CHUNKS = (512, 2048)
 POLICIES = ("chunked_prefill", "concatenation", "shortest_prompt", "deadline", "auto_chunk")
-_RUNG = 1.3
-"""How much faster requests come from rung to rung."""
 _START = 0.25
 """The first rung, as a part of what the workers could do if nobody ever waited."""
 _FAR = 64
 """How far from the first rung rates are looked for, either way."""
-_FAR_OFF = 8
-"""How far from the last rung a finalist's rate on one stretch is looked for."""
 _FEWEST = 64
 """Requests of a stretch."""
 _RUNG_SHARE = 0.1
@@ -43,8 +40,6 @@ _FINAL_SHARE = 0.15
 _FINALISTS = 3
 _TRIALS = 6
 """About as many does it take to bracket a finalist's rate on one stretch."""
-_NARROW = 1.04
-"""A finalist's rate is bracketed as closely as this."""
 _OVER = 1.1
 """How far above the winner's rate its limits are looked for."""
 
@@ -223,8 +218,8 @@ class _Race:
             climbed = True
             if len(staying) <= _FINALISTS or rate > highest:
                 best = sorted(left, key=lambda candidate: -met[candidate])[:_FINALISTS]
-                return best, rate / _RUNG
-            left, rate = staying, rate * _RUNG
+                return best, rate / RUNG
+            left, rate = staying, rate * RUNG
 
     def _scout(self, candidate: Candidate, rate: float, highest: float) -> float:
         """Return the last rung that one candidate keeps up with, the first one if none: the best
@@ -234,8 +229,8 @@ class _Race:
             stretch = self._stretch(min(rate * self._goal.seconds / 3, most), self._rng)
             if self._try([(candidate, rate, stretch)])[0].slo_met < self._goal.attainment:
                 break
-            rate *= _RUNG
-        return rate / _RUNG
+            rate *= RUNG
+        return rate / RUNG
 
     def _hopeless(self, met: Mapping[Candidate, float]) -> str:
         best = max(met, key=lambda candidate: met[candidate])
@@ -249,7 +244,7 @@ class _Race:
 
     def _measure(self, candidate: Candidate, passed: float) -> Ranked:
         """Find the highest rate that a finalist sustains on each stretch."""
-        brackets = [_Bracket(passed) for _ in range(self._goal.stretches)]
+        brackets = [Bracket(passed) for _ in range(self._goal.stretches)]
         while open_ := [i for i, bracket in enumerate(brackets) if not bracket.is_narrow]:
             wanted = [(candidate, rate := brackets[i].next, self._numbered(i, rate)) for i in open_]
             for i, outcome in zip(open_, self._try(wanted), strict=True):
@@ -297,39 +292,6 @@ class _Race:
         count = max(_FEWEST, min(round(requests), len(self._trace) // 2))
         start = int(rng.random() * max(0, len(self._trace) - count))
         return self._trace[start : start + count]
-
-
-@dataclass
-class _Bracket:
-    """The search for the highest rate that is sustained on one stretch."""
-
-    next: float
-    low: float = 0.0
-    """The highest that was sustained; 0: none yet."""
-    high: float = 0.0
-    """The lowest that was not; 0: none yet."""
-
-    def __post_init__(self) -> None:
-        self._floor, self._ceiling = self.next / _FAR_OFF, self.next * _FAR_OFF
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether `low` is close enough. On some stretches no rate is low enough, for a few prompts
-        are too long for the objectives even alone: then it is 0."""
-        if 0 < self.high <= self._floor or self.low >= self._ceiling:
-            return True
-        return self.low > 0 and 0 < self.high <= self.low * _NARROW
-
-    def tried(self, sustained: bool) -> None:
-        """Take the result of `next`."""
-        if sustained:
-            self.low = self.next
-        else:
-            self.high = self.next
-        if self.low and self.high:
-            self.next = (self.low * self.high) ** 0.5
-        else:
-            self.next = self.low * _RUNG or self.high / _RUNG
 
 
 def _bootstrap(rates: Sequence[float], rng: Random, rounds: int = 1000) -> tuple[float, float]:
