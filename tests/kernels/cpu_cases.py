@@ -6,6 +6,8 @@ sanitizers: `python cpu_cases.py LIBRARY NUM_CASES FIRST_SEED`.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -313,14 +315,33 @@ CASES: dict[str, Callable[[Context, Source], None]] = {
 }
 
 
+INSTRUCTION_SETS = (
+    "C++ (AMX bf16)",
+    "C++ (AMX bf16, emulated)",
+    "C++ (AVX-512 bf16)",
+    "C++ (AVX-512)",
+    "C++ (AVX2)",
+    "C++ (baseline)",
+)
+
+
+def contexts_of(library: ctypes.CDLL) -> list[Context]:
+    """A context for every instruction set of this machine, on one and on two threads."""
+    contexts = []
+    for name in INSTRUCTION_SETS:
+        with contextlib.suppress(RuntimeError):  # not a set of this machine
+            contexts.extend(Context(threads, name, library) for threads in (1, 2))
+    return contexts
+
+
 def main(library: str, num_cases: str, first_seed: str) -> None:
     torch.set_num_threads(1)
     loaded = open_library(Path(library))
-    contexts = [Context(threads, library=loaded) for threads in (1, 2)]
+    contexts = contexts_of(loaded)
     for seed in range(int(first_seed), int(first_seed) + int(num_cases)):
         for name, check in CASES.items():
             print(f"{name}, seed {seed}", flush=True)
-            check(contexts[seed % 2], Source(seed))
+            check(contexts[seed % len(contexts)], Source(seed))
 
 
 if __name__ == "__main__":

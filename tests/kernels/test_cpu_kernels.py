@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.cpu_cases import CASES, Source
+from tests.kernels.cpu_cases import CASES, INSTRUCTION_SETS, Source
 
 from tandem_kernels.cpu import Context, pack_linear
 from tandem_kernels.cpu import operations as ops
 from tandem_kernels.cpu.library import load_library
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="installed without a C++ compiler")
-
-INSTRUCTION_SETS = ["C++ (AVX-512 bf16)", "C++ (AVX-512)", "C++ (AVX2)", "C++ (baseline)"]
 
 
 def make_context(kernels: str, threads: int) -> Context:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +51,13 @@ class Context:
             raise RuntimeError(f"no kernels named {kernels!r} for this machine")
         self.handle: int = handle
         weakref.finalize(self, found.tandem_context_destroy, handle)
+
+    def pin(self, cores: Sequence[int]) -> None:
+        """Keep each thread on a core. The first is for the caller, who pins itself: unless it does,
+        a thread may wait for it behind its own back."""
+        if len(cores) != self.threads:
+            raise ValueError(f"{len(cores)} cores for {self.threads} threads")
+        self.library.tandem_context_pin(self.handle, (ctypes.c_int64 * len(cores))(*cores))
 
 
 def check(status: int) -> None:

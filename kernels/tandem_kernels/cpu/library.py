@@ -78,6 +78,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "tandem_kernels_name": (c_char_p, ()),
     "tandem_context_create": (_P, (_N, c_char_p)),
     "tandem_context_destroy": (None, (_P,)),
+    "tandem_context_pin": (None, (_P, POINTER(c_int64))),
     "tandem_prefer_huge_pages": (None, (_P, _N)),
     "tandem_pack": (None, (_P, _N, _P, _N, _N, _P, _N, _N)),
     "tandem_linear": (c_int, (_P, _N, POINTER(LinearStruct), _P, _N, _P)),

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tandem.controller.actors import RankActor, WorkerActor
+from tandem.controller.machine_cores import with_cores
 from tandem.controller.platform import StartFailure
 from tandem.controller.roster import Endpoint, Role
 from tandem.core.config import TandemConfig
@@ -114,8 +115,9 @@ class RayPlatform:
         await asyncio.to_thread(remove_place, name)
 
     def _launch(self, name: str, role: Role) -> list[Any]:
-        config, ranks = self._config, self._config.tensor_parallel(role)
         several_nodes = sum(node["Alive"] for node in ray.nodes()) > 1  # type: ignore[no-untyped-call]
+        config = with_cores(self._config, self._names, name, several_nodes=several_nodes)
+        ranks = config.tensor_parallel(role)
         cpus, gpus = config.controller.cpus_per_worker, config.controller.gpus_per_worker
         place = place_of(name, cpus, gpus, ranks)
         _end_leftovers(name, ranks)

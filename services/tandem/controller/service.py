@@ -106,7 +106,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             status.metrics_address = slot.endpoint.metrics_address
             status.pid = slot.endpoint.pid
             status.node = slot.endpoint.node
-            status.device = slot.endpoint.device
+            status.device = status.device or slot.endpoint.device  # the worker names its cores
         return status
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from tandem.core.cores import parse_cores
 from tandem.core.pairs import parse_pairs
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -149,6 +150,11 @@ class WorkerConfig(_Frozen):
 
     host: str = Field("127.0.0.1", description="address that peers reach this worker at")
     threads: int = Field(0, ge=0, description="CPU threads of the model; 0: cores / workers")
+    cpu_affinity: str = Field(
+        "auto",
+        description="cores of a CPU worker. auto: a set of its own for each worker of the machine, "
+        "if that leaves a core for the rest; off: wherever the kernel puts it; or a list: 0,2-3",
+    )
     heartbeat_interval: Seconds = Field(
         0.5, description="seconds between heartbeats on every stream"
     )
@@ -169,6 +175,13 @@ class WorkerConfig(_Frozen):
         description="uncached prompt tokens up to which the decode worker prefills itself, "
         "unless lending.mode is off or what is measured says otherwise",
     )
+
+    @field_validator("cpu_affinity")
+    @classmethod
+    def _check_affinity(cls, text: str) -> str:
+        if text not in ("auto", "off"):
+            parse_cores(text)
+        return text
 
 
 class PoolConfig(_Frozen):

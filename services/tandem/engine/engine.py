@@ -121,10 +121,17 @@ class Engine:
             return REFERENCE.name
         return implementation(self.device)
 
-    def compute_ahead(self) -> None:
-        """Let `launch` return before the iteration has ended. On CUDA it does so anyway."""
+    def pin(self, cores: Rows[int]) -> None:
+        """Keep the threads that compute on cores, one on each; the first is for the caller of
+        `run`, who pins itself."""
+        if isinstance(self._decoder, CompiledModel):
+            self._decoder.pin(cores)
+
+    def compute_ahead(self, core: int | None = None) -> None:
+        """Let `launch` return before the iteration has ended, from a thread that stays on `core`.
+        On CUDA it returns so anyway."""
         if self.device.type != "cuda":
-            self._execute = ComputeThread("compute")
+            self._execute = ComputeThread("compute", core)
 
     def warm_up(self) -> None:
         """Run prompts and decode steps through everything once, and on CUDA capture the graphs of

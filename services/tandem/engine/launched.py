@@ -7,6 +7,7 @@ Either way iterations run one after the other in the order in which they were la
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -69,7 +70,9 @@ def run_here(task: Task) -> None:
 class ComputeThread:
     """Runs tasks one after the other in a thread of its own, which ends with the process."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, core: int | None = None) -> None:
+        """`core`: the one that the thread stays on; None: any."""
+        self._core = core
         self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
@@ -77,6 +80,8 @@ class ComputeThread:
         self._tasks.put(task)
 
     def _run(self) -> None:
+        if self._core is not None:
+            os.sched_setaffinity(0, {self._core})
         while True:
             self._tasks.get()()
 

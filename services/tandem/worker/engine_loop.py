@@ -13,6 +13,8 @@ from typing import Any
 
 import structlog
 
+from tandem.worker.affinity import pin_thread
+
 log = structlog.get_logger(__name__)
 
 Event = tuple[Callable[..., None], tuple[Any, ...]]
@@ -26,8 +28,10 @@ class EngineLoop:
     means for requests is for the caller to settle before it travels here.
     """
 
-    def __init__(self, name: str, step: Callable[[], bool]) -> None:
+    def __init__(self, name: str, step: Callable[[], bool], core: int | None = None) -> None:
+        """`core`: the one that the thread stays on; None: any."""
         self._step = step
+        self._core = core
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
@@ -49,6 +53,7 @@ class EngineLoop:
         self._stopping = True
 
     def _run(self) -> None:
+        pin_thread(self._core)
         busy = False
         while not self._stopping:
             self._apply_events(wait=not busy)

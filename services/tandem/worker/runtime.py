@@ -38,6 +38,7 @@ from tandem.transfer import (
     make_kv_spec,
 )
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+from tandem.worker.affinity import CoreClaim
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
 from tandem.worker.metrics import WorkerMetrics
@@ -123,7 +124,9 @@ class WorkerRuntime:
         """Load weights, make the KV blocks and warm up. Raises `ModelLoadError`, `ConfigError`."""
         config = self.config
         policy = make_policy(config.scheduler, self.role_name)
-        torch.set_num_threads(config.worker.threads or default_threads(config))
+        self._claim = CoreClaim(config.worker.cpu_affinity)
+        cores = self._claim.cores
+        torch.set_num_threads(config.worker.threads or len(cores) or default_threads(config))
         self.model_path = resolve_model(config.model.path)
         decoder = load_spec(self.model_path, config.model, self.device).decoder
         check_degree(f"{self.role_name}.tensor_parallel", decoder, self.tensor_parallel)
@@ -140,6 +143,7 @@ class WorkerRuntime:
             neighbours=neighbours_of(config, self.device),
             announcer=self._ranks,
         )
+        self.engine.pin(cores)
         if self._ranks is not None:
             self._ranks.await_loaded()
         self.pool = BlockPool(
@@ -155,12 +159,13 @@ class WorkerRuntime:
         self._progress("warming up", 0.0)
         self.engine.warm_up()
         if self.overlaps:
-            self.engine.compute_ahead()
+            self.engine.compute_ahead(*cores[:1])
         self._progress("ready", 1.0)
 
     def serve(self, role: Role) -> WorkerEndpoint:
         """Start the threads and the gRPC server; returns once it listens."""
-        self.loop = EngineLoop(self.name, role.step)
+        core = self._claim.cores[0] if self._claim.cores and not self.overlaps else None
+        self.loop = EngineLoop(self.name, role.step, core)
         self.events = EventLoopThread(self.name)
         self._role = role
         address = self.events.run(self._start_server(role))
@@ -179,6 +184,7 @@ class WorkerRuntime:
             self._ranks.stop()
         self.events.run(self._server.stop(grace=0.5), timeout=5.0)
         self.events.stop()
+        self._claim.release()
 
     def adopt(self, incarnation: int) -> None:
         """Take a new incarnation after the old one was burnt. Engine thread."""
@@ -268,7 +274,7 @@ class WorkerRuntime:
             state=cluster_pb2.WORKER_STATE_READY,
             pid=os.getpid(),
             node=platform.node(),
-            device=self.device,
+            device=self._claim.describe(self.device),
             incarnation=self.incarnation,
             address=endpoint.address if endpoint else "",
             metrics_address=endpoint.metrics_address if endpoint else "",

@@ -10,7 +10,7 @@ from tandem.engine.kv_capacity import Neighbours
 
 def default_threads(config: TandemConfig) -> int:
     """This machine's cores, shared equally by every rank of every worker."""
-    return max(1, (os.cpu_count() or 1) // _local_processes(config, "cpu"))
+    return max(1, len(os.sched_getaffinity(0)) // _local_processes(config, "cpu"))
 
 
 def neighbours_of(config: TandemConfig, device: str) -> Neighbours:

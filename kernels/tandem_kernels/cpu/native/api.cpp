@@ -1,10 +1,15 @@
 // The C interface: checks nothing that its Python caller has checked, throws nothing across.
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <new>
 
 #include "kernels.h"
+#if defined(TANDEM_HAS_AMX)
+#include <cpuid.h>
+#endif
 
 namespace tandem {
 
@@ -17,24 +22,51 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
 
 namespace {
 
-const Kernels* best_kernels() {
+#if defined(TANDEM_HAS_AMX)
+// Whether the processor has tiles with bfloat16 products and the kernel lets this process use them.
+bool may_use_tiles() {
+  constexpr unsigned kTiles = 1u << 24, kProducts = 1u << 22;  // of cpuid 7.0's edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, its feature
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTiles) == 0 || (d & kProducts) == 0) {
+    return false;
+  }
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+const Kernels* choose_kernels() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (wide && __builtin_cpu_supports("avx512bf16")) return &kAvx512Bf16Kernels;
+  const bool halves = wide && __builtin_cpu_supports("avx512bf16");
+#if defined(TANDEM_HAS_AMX)
+  if (halves && may_use_tiles()) return &kAmxKernels;
+#endif
+  if (halves) return &kAvx512Bf16Kernels;
   if (wide) return &kAvx512Kernels;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2Kernels;
 #endif
   return &kGenericKernels;
 }
 
+const Kernels* best_kernels() {
+  static const Kernels* const best = choose_kernels();
+  return best;
+}
+
 // The best set that this machine has, or a lesser one by name; null if it has no such set.
 const Kernels* find_kernels(const char* name) {
   const Kernels* best = best_kernels();
   if (name == nullptr || std::strcmp(name, best->name) == 0) return best;
+  if (std::strcmp(name, kEmulatedAmxKernels.name) == 0) return &kEmulatedAmxKernels;
 #if defined(__x86_64__)
-  const Kernels* all[] = {&kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels, &kGenericKernels};
+  const Kernels* all[] = {
+#if defined(TANDEM_HAS_AMX)
+      &kAmxKernels,
+#endif
+      &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels, &kGenericKernels};
   bool reached = false;
   for (const Kernels* kernels : all) {
     reached = reached || kernels == best;
@@ -82,6 +114,9 @@ Context* tandem_context_create(int64_t threads, const char* name) {
 }
 
 void tandem_context_destroy(Context* context) { delete context; }
+
+// cores: one for each thread of the context; the first, the caller's, is not looked at.
+void tandem_context_pin(Context* context, const int64_t* cores) { context->team.pin(cores); }
 
 // For memory that has not been written yet.
 void tandem_prefer_huge_pages(void* memory, int64_t bytes) {

@@ -100,7 +100,7 @@ static void run_forward(Team& team, Scratch& scratch, const Forward& f) {
   scratch.query.reserve(rows * attended * size);
   scratch.seen.reserve(rows * attended * size);
   scratch.inner.reserve(rows * m.inner * size);
-  scratch.packed.reserve(rows * widest * size);
+  scratch.packed.reserve(packed_bytes<T>(rows, widest));
   if (f.num_wanted >= 0) scratch.gathered.reserve(f.num_wanted * (m.hidden * 4 + attended * size) + 64);
   ForwardState<T> state{scratch, f, {}, -1, {}};
   state.attention = {f.batch, scratch.query.as<T>(), nullptr, nullptr, scratch.seen.as<T>(),

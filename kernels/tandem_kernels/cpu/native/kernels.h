@@ -12,6 +12,14 @@
 #include "abi.h"
 #include "team.h"
 
+// Whether the compiler knows matrix tiles: GCC and Clang from version 11 on, unless
+// TANDEM_WITHOUT_AMX is defined.
+#if defined(__x86_64__) && !defined(TANDEM_WITHOUT_AMX)
+#if __has_include(<amxbf16intrin.h>) || (defined(__clang__) && __has_include(<amxintrin.h>))
+#define TANDEM_HAS_AMX
+#endif
+#endif
+
 namespace tandem {
 
 // Asks for huge pages where a whole one fits: weights and KV are read faster than 4 KiB pages can be
@@ -129,5 +137,9 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
 #endif
+#if defined(TANDEM_HAS_AMX)
+extern const Kernels kAmxKernels;
+#endif
+extern const Kernels kEmulatedAmxKernels;
 
 }  // namespace tandem

@@ -1,7 +1,8 @@
 // All kernels for one instruction set. The including file sets:
 //   TANDEM_NAMESPACE, TANDEM_KERNELS, TANDEM_NAME: what this set is called,
 //   VW: floats per vector; kMaxRows: rows that the registers hold beside a panel of 32 outputs,
-//   TANDEM_DPBF16: defined where there is an instruction for bfloat16 inner products.
+//   TANDEM_DPBF16: defined where there is an instruction for bfloat16 inner products,
+//   TANDEM_TILES: defined where linear layers in bfloat16 run on matrix tiles; see tile_registers.inl.
 // It switches the compiler to the set after the system headers, and everything here has internal
 // linkage, so no code of this set can be picked on a machine without it.
 
@@ -14,6 +15,11 @@ namespace {
 constexpr int kMaxRows = TANDEM_MAX_ROWS;
 
 #include "tiles.inl"
+#include "groups.inl"
+#if defined(TANDEM_TILES)
+#include "tile_registers.inl"
+#include "tile_products.inl"
+#endif
 #include "linear.inl"
 
 #include "attention_units.inl"
@@ -57,7 +63,8 @@ void gated_region(Member& member, void* argument) {
 void linear(Team& team, Scratch& scratch, int64_t dtype, const TandemLinear& linear, const void* x,
             int64_t rows, float* out) {
   const bool half = dtype == TANDEM_BFLOAT16;
-  scratch.packed.reserve(rows * linear.inputs * (half ? 2 : 4));
+  scratch.packed.reserve(half ? packed_bytes<bf16>(rows, linear.inputs)
+                              : packed_bytes<float>(rows, linear.inputs));
   LinearCall call{scratch, linear, x, rows, out};
   team.run(half ? linear_region<bf16> : linear_region<float>, &call);
 }
@@ -65,7 +72,8 @@ void linear(Team& team, Scratch& scratch, int64_t dtype, const TandemLinear& lin
 void silu_linear(Team& team, Scratch& scratch, int64_t dtype, const TandemLinear& linear,
                  const void* x, int64_t rows, void* out) {
   const bool half = dtype == TANDEM_BFLOAT16;
-  scratch.packed.reserve(rows * linear.inputs * (half ? 2 : 4));
+  scratch.packed.reserve(half ? packed_bytes<bf16>(rows, linear.inputs)
+                              : packed_bytes<float>(rows, linear.inputs));
   LinearCall call{scratch, linear, x, rows, out};
   team.run(half ? gated_region<bf16> : gated_region<float>, &call);
 }

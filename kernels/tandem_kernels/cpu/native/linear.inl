@@ -2,60 +2,76 @@
 //
 // Every output is one chain of multiply-adds over the inputs in order, so its bits depend neither on
 // the other rows, nor on how rows are grouped, nor on the number of threads. Weights are read once
-// per kMaxRows rows from memory and from the second-level cache after that.
+// per group of rows from memory and from the second-level cache after that. A `Products` is how one
+// group's rows are laid out and multiplied: on vectors, or on matrix tiles.
 
+// Vectors: a group's inputs lie together, [units][rows of group].
 template <class T>
-static inline int64_t units_of(int64_t inputs) {
-  return inputs / kPerUnit<T>;
-}
+struct VectorProducts {
+  static constexpr int kRows = kMaxRows;
+  static int64_t room(int64_t rows, int64_t units) { return rows * units; }
+  static int64_t offset(const Groups& groups, int64_t group, int64_t units) {
+    return groups.start(group) * units;
+  }
+  void operator()(int64_t rows, const uint32_t* x, const uint32_t* panel, int64_t units, float* tile) {
+    run_tile<T, FromMemory>(rows, x, panel, units, tile);
+  }
 
-// Rows fall into groups of nearly equal size; a group's inputs lie together, [units][rows of group].
-struct Groups {
-  int64_t rows, count;
-  Groups(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
-  int64_t start(int64_t group) const { return group * (rows / count) + least(group); }
-  int64_t size(int64_t group) const { return start(group + 1) - start(group); }
+  // Bring the rows of x [rows][inputs] into groups. All threads; ends with a barrier.
+  static const uint32_t* pack(Member& member, const uint32_t* x, const Groups& groups, int64_t units,
+                              uint32_t* packed) {
+    if (groups.rows == 1) return x;
+    constexpr int64_t kSpan = 512;
+    const int64_t spans = (units + kSpan - 1) / kSpan;
+    for (int64_t task = member.index(); task < groups.count * spans; task += member.size()) {
+      const int64_t group = task / spans, from = task % spans * kSpan, start = groups.start(group);
+      interleave(x + start * units, groups.size(group), units, from,
+                 from + kSpan < units ? from + kSpan : units, packed + start * units);
+    }
+    member.barrier();
+    return packed;
+  }
 
  private:
-  int64_t least(int64_t group) const { return group < rows % count ? group : rows % count; }
+  // Lay units [from, to) of one group's rows, each `units` long, out as [units][rows].
+  static void interleave(const uint32_t* rows, int64_t count, int64_t units, int64_t from,
+                         int64_t to, uint32_t* packed) {
+    for (int64_t r = 0; r < count; ++r) {
+      const uint32_t* row = rows + r * units;
+      for (int64_t k = from; k < to; ++k) packed[k * count + r] = row[k];
+    }
+  }
 };
 
-// Lay units [from, to) of one group's rows, each `units` long, out as [units][rows].
-static void interleave(const uint32_t* rows, int64_t count, int64_t units, int64_t from, int64_t to,
-                       uint32_t* packed) {
-  for (int64_t r = 0; r < count; ++r) {
-    const uint32_t* row = rows + r * units;
-    for (int64_t k = from; k < to; ++k) packed[k * count + r] = row[k];
-  }
-}
-
-// Bring the rows of x [rows][inputs] into groups. All threads; ends with a barrier.
 template <class T>
-static const uint32_t* pack_rows(Member& member, const void* x, int64_t rows, int64_t inputs,
-                                 uint32_t* packed) {
-  const uint32_t* source = static_cast<const uint32_t*>(x);
-  if (rows == 1) return source;
-  constexpr int64_t kSpan = 512;
-  const int64_t units = units_of<T>(inputs);
-  const Groups groups(rows, kMaxRows);
-  const int64_t spans = (units + kSpan - 1) / kSpan;
-  for (int64_t task = member.index(); task < groups.count * spans; task += member.size()) {
-    const int64_t group = task / spans, from = task % spans * kSpan, start = groups.start(group);
-    interleave(source + start * units, groups.size(group), units, from,
-               from + kSpan < units ? from + kSpan : units, packed + start * units);
-  }
-  member.barrier();
-  return packed;
+struct ProductsOf {
+  using Type = VectorProducts<T>;
+};
+
+#if defined(TANDEM_TILES)
+template <>
+struct ProductsOf<bf16> {
+  using Type = TiledProducts;
+};
+#endif
+
+template <class T>
+using Products = typename ProductsOf<T>::Type;
+
+// Bytes that the rows of a linear layer's input take when they are packed.
+template <class T>
+static int64_t packed_bytes(int64_t rows, int64_t inputs) {
+  return Products<T>::room(rows, units_of<T>(inputs)) * 4;
 }
 
-// How many panels a thread takes at a time: with many rows as many as its cache keeps for the next
-// group of rows, but few enough that all threads have work.
-static int64_t panels_per_task(int64_t panels, int64_t units, int64_t rows, int threads) {
+// How many panels a thread takes at a time: where there are more groups of rows as many as its cache
+// keeps for the next, but few enough that all threads have work.
+static int64_t panels_per_task(int64_t panels, int64_t units, bool again, int threads) {
   constexpr int64_t kCacheBytes = 384 * 1024;
   const int64_t even = panels / (threads * 4) > 1 ? panels / (threads * 4) : 1;
   const int64_t small = 65536 / (units * kPanel * 4) > 1 ? 65536 / (units * kPanel * 4) : 1;
   const int64_t fits = kCacheBytes / (units * kPanel * 4) > 1 ? kCacheBytes / (units * kPanel * 4) : 1;
-  const int64_t wanted = rows > kMaxRows ? fits : small;
+  const int64_t wanted = again ? fits : small;
   return wanted < even ? wanted : even;
 }
 
@@ -90,19 +106,20 @@ static void linear_phase(Member& member, Scratch& scratch, const TandemLinear& l
                          const void* x, int64_t rows, float* out) {
   const int64_t units = units_of<T>(linear.inputs);
   const int64_t panels = (linear.outputs + kPanel - 1) / kPanel;
-  const uint32_t* packed =
-      pack_rows<T>(member, x, rows, linear.inputs, scratch.packed.as<uint32_t>());
-  const Groups groups(rows, kMaxRows);
-  const int64_t step = panels_per_task(panels, units, rows, member.size());
-  alignas(64) float tile[kMaxRows * kPanel];
+  Products<T> products;
+  const Groups groups(rows, products.kRows);
+  const uint32_t* packed = products.pack(member, static_cast<const uint32_t*>(x), groups, units,
+                                         scratch.packed.as<uint32_t>());
+  const int64_t step = panels_per_task(panels, units, groups.count > 1, member.size());
+  alignas(64) float tile[Products<T>::kRows * kPanel];
   member.open();
   for (int64_t first; (first = member.next() * step) < panels;) {
     const int64_t end = first + step < panels ? first + step : panels;
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t start = groups.start(group), size = groups.size(group);
       for (int64_t panel = first; panel < end; ++panel) {
-        run_tile<T, FromMemory>(size, packed + start * units, linear.panels + panel * units * kPanel, units,
-                    tile);
+        products(size, packed + products.offset(groups, group, units),
+                 linear.panels + panel * units * kPanel, units, tile);
         put_tile<T, Add>(linear, tile, size, panel * kPanel, out + start * linear.outputs);
       }
     }
@@ -138,12 +155,13 @@ static void gated_phase(Member& member, Scratch& scratch, const TandemLinear& li
                         int64_t rows, T* out) {
   const int64_t units = units_of<T>(linear.inputs), width = linear.outputs / 2;
   const int64_t pairs = (width + kPanel - 1) / kPanel;
-  const uint32_t* packed =
-      pack_rows<T>(member, x, rows, linear.inputs, scratch.packed.as<uint32_t>());
-  const Groups groups(rows, kMaxRows);
-  const int64_t step = panels_per_task(pairs, 2 * units, rows, member.size());
-  alignas(64) float gate[kMaxRows * kPanel];
-  alignas(64) float up[kMaxRows * kPanel];
+  Products<T> products;
+  const Groups groups(rows, products.kRows);
+  const uint32_t* packed = products.pack(member, static_cast<const uint32_t*>(x), groups, units,
+                                         scratch.packed.as<uint32_t>());
+  const int64_t step = panels_per_task(pairs, 2 * units, groups.count > 1, member.size());
+  alignas(64) float gate[Products<T>::kRows * kPanel];
+  alignas(64) float up[Products<T>::kRows * kPanel];
   member.open();
   for (int64_t first; (first = member.next() * step) < pairs;) {
     const int64_t end = first + step < pairs ? first + step : pairs;
@@ -151,8 +169,9 @@ static void gated_phase(Member& member, Scratch& scratch, const TandemLinear& li
       const int64_t start = groups.start(group), size = groups.size(group);
       for (int64_t pair = first; pair < end; ++pair) {
         const uint32_t* panels = linear.panels + 2 * pair * units * kPanel;
-        run_tile<T, FromMemory>(size, packed + start * units, panels, units, gate);
-        run_tile<T, FromMemory>(size, packed + start * units, panels + units * kPanel, units, up);
+        const uint32_t* inputs = packed + products.offset(groups, group, units);
+        products(size, inputs, panels, units, gate);
+        products(size, inputs, panels + units * kPanel, units, up);
         put_gated<T>(linear, gate, up, size, pair * kPanel, out + start * width);
       }
     }

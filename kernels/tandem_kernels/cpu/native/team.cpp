@@ -1,6 +1,8 @@
 #include "team.h"
 
 #include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -47,6 +49,15 @@ void Team::run(Region region, void* argument) {
   Member self(*this, 0);
   region(self, argument);
   self.barrier();
+}
+
+void Team::pin(const int64_t* cores) {
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(static_cast<int>(cores[i + 1]), &set);
+    pthread_setaffinity_np(workers_[i].native_handle(), sizeof set, &set);
+  }
 }
 
 void Team::work(int index) {

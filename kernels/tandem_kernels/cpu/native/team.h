@@ -43,6 +43,8 @@ class Team {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
   void run(Region region, void* argument);
+  // Keep worker i on cores[i]. A core that the process may not use is passed over.
+  void pin(const int64_t* cores);
 
  private:
   friend class Member;

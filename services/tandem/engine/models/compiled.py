@@ -50,6 +50,12 @@ class CompiledModel:
         model = load_packed(context, loader, config, keep)
         return cls(cpu.CompiledDecoder(context, model), tuple(group_ends))
 
+    def pin(self, cores: Sequence[int]) -> None:
+        """Keep the threads on cores, if there is one for each; the first is the caller, who pins
+        itself."""
+        if len(cores) == self.decoder.context.threads:
+            self.decoder.context.pin(cores)
+
     def forward(
         self,
         token_ids: Tensor,
