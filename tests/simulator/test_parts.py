@@ -16,7 +16,7 @@ from tandem.simulator import TraceRequest, load_profile, read_trace, simulate
 from tandem.simulator.clock import Clock
 from tandem.simulator.gateway import block_hashes
 from tandem.simulator.links import Links
-from tandem.simulator.profile import Profile
+from tandem.simulator.profile import LinkCost, Profile
 from tandem.simulator.report import Histogram, percentiles
 from tandem.timeline.events import Timeline
 from tandem.timeline.picture import render_svg
@@ -163,3 +163,31 @@ def test_the_command_prints_a_report_and_draws_a_timeline(tmp_path: Path) -> Non
     assert 0 < report["ttft"]["p50"] < report["ttft"]["p99"] < 1
     wrong = CliRunner().invoke(app, [*arguments, "--slo", "speed=1"])
     assert isinstance(wrong.exception, ConfigError)
+
+
+def test_the_pieces_of_a_chunk_arrive_as_if_each_were_sent_by_itself() -> None:
+    cost = LinkCost(bytes_per_second=1e6, kv_bytes_per_token=1000, latency=1e-3, layer_groups=4)
+    rng = random.Random(2)
+    whole, apart, at = Links(cost), Links(cost), 0.0
+    for _ in range(200):
+        at += rng.uniform(0, 0.2)
+        tokens, ended = rng.randrange(1, 200), at + rng.uniform(0, 0.4)
+        _, arrival = whole.send_chunk("p", "d", tokens, at, ended)
+        step = (ended - at) / 4
+        last = [apart.send("p", "d", tokens / 4, at + step * group) for group in (1, 2, 3, 4)][-1]
+        assert arrival == pytest.approx(last)
+    assert whole.num_bytes == pytest.approx(apart.num_bytes)
+    assert whole.busy_seconds["p"] == pytest.approx(apart.busy_seconds["p"])
+
+
+def test_durations_that_are_counted_together_give_the_same_percentiles() -> None:
+    rng, together, alone = random.Random(3), Histogram(), Histogram()
+    for spread in (0.0, 0.001, 0.5):
+        durations = [0.01 * (1 + spread * rng.random()) for _ in range(50)]
+        together.add_all(durations, 3)
+        for seconds in durations:
+            alone.add(seconds, 3)
+    assert together.num_added == alone.num_added
+    assert [together.percentile(p) for p in (1, 50, 99)] == [
+        alone.percentile(p) for p in (1, 50, 99)
+    ]

@@ -14,7 +14,15 @@ from tandem.cli import app
 from tandem.commands.plan import describe
 from tandem.core.errors import ConfigError
 from tandem.simulator import ClusterSpec, TraceRequest, simulate
-from tandem.simulator.planning import Goal, Outcome, Plan, Trial, candidates, make_plan
+from tandem.simulator.bracket import Bracket
+from tandem.simulator.planning import (
+    Goal,
+    Outcome,
+    Plan,
+    Trial,
+    candidates,
+    make_plan,
+)
 from tandem.simulator.profile import Profile, save_profile
 from tandem.simulator.sweep import at_rate
 
@@ -80,6 +88,30 @@ def test_objectives_that_nobody_can_meet_are_said_to_be_so(make_spec: MakeSpec) 
     slow = ClusterSpec(spec.profile.model_copy(update={"iteration": cost}), spec.config, 1, 1)
     with pytest.raises(ConfigError, match=r"no candidate meets the objectives of 90%"):
         make_plan(TRACE, goal(slow), run, quiet)
+
+
+def test_a_stretch_that_no_rate_is_low_enough_for_ends_the_search_for_it() -> None:
+    bracket, trials = Bracket(1.0), 0
+    while not bracket.is_narrow:
+        bracket.tried(sustained=False)
+        trials += 1
+    assert bracket.low == 0
+    assert trials < 10
+    bracket = Bracket(1.0)
+    while not bracket.is_narrow:
+        bracket.tried(sustained=True)
+    assert 1 < bracket.low < 16
+
+
+def test_fewer_requests_are_simulated_where_that_is_asked_for(make_spec: MakeSpec) -> None:
+    spec, counted = make_spec(1, 1, num_blocks=2000), []
+
+    def noted(trials: Sequence[Trial]) -> list[Outcome]:
+        counted.extend(len(trial.trace) for trial in trials)
+        return run(trials)
+
+    make_plan(TRACE, goal(spec, seconds=60.0, requests=10_000), noted, quiet)
+    assert sum(counted) <= 10_000 * 1.2
 
 
 def test_without_a_link_only_colocated_serving_is_considered(make_spec: MakeSpec) -> None:

@@ -40,6 +40,9 @@ def plan(
     ] = 30.0,
     stretches: Annotated[int, typer.Option(min=2, help="that a finalist is measured on")] = 5,
     seed: Annotated[int, typer.Option(help="which stretches are drawn")] = 0,
+    requests: Annotated[
+        int, typer.Option(min=1, help="about how many to simulate in all; cuts stretches")
+    ] = 60_000,
     jobs: Annotated[int, typer.Option(min=0, help="processes; 0: one per core")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -49,7 +52,7 @@ def plan(
         raise ConfigError("--slo: name at least one objective, such as ttft=1,itl=0.2")
     arrivals = read_trace(trace)
     machine = load_profile(profile)
-    goal = Goal(machine, config, workers, attainment, seconds, stretches, seed)
+    goal = Goal(machine, config, workers, attainment, seconds, stretches, seed, requests)
     with parallel_map(jobs) as run:
 
         def run_trials(trials: Sequence[Trial]) -> list[Outcome]:
@@ -82,7 +85,8 @@ def describe(plan: Plan, goal: Goal, own_rate: float) -> str:
     scheduler = goal.config.scheduler
     lines = [
         f"{best.candidate.name}: {best.rate / goal.num_workers:.3g} requests/s per worker "
-        f"({goal.attainment:.0%} meet all objectives; {plan.trials} simulations)",
+        f"({goal.attainment:.0%} meet all objectives; {plan.trials} simulations, "
+        f"stretches of {plan.stretch_seconds:.0f} s)",
         "",
         "requests/s, 95 % interval",
         *(f"{r.rate:8.3g}  {r.low:.3g} - {r.high:.3g}  {r.candidate.name}" for r in plan.finalists),

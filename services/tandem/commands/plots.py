@@ -29,10 +29,10 @@ _LOGARITHMIC = ("ttft_p99", "itl_p99")
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>body{{font-family:system-ui,sans-serif;margin:16px}}svg{{max-width:100%;height:auto}}
-table{{border-collapse:collapse;font-size:13px}}th,td{{padding:3px 9px;text-align:right}}
-th{{position:sticky;top:0;background:#fff;border-bottom:2px solid #333}}
+table{{border-collapse:collapse;font-size:12px}}th,td{{padding:3px 7px;text-align:right}}
+th{{position:sticky;top:0;background:#fff;border-bottom:2px solid #333;vertical-align:bottom}}
 tr:nth-child(even){{background:#f4f4f4}}</style>
-</head><body><h1>{title}</h1>{svg}{table}</body></html>
+</head><body>{svg}{table}</body></html>
 """
 
 
@@ -72,7 +72,7 @@ def _draw(title: str, axes: Sequence[Axis], rows: Sequence[Row]) -> Figure:
         panel.set_xlabel(across.name)
     if lines:
         handles, labels = panels.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -89,7 +89,8 @@ def _panel(panel: Axes, name: str, across: Axis, lines: list[str], rows: Sequenc
     if name in _LOGARITHMIC and any(row[name] > 0 for row in rows):
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")  # the default sets formulas, which takes seconds
-        panel.yaxis.set_minor_formatter("")
+        values = [row[name] for row in rows if row[name] > 0]
+        panel.yaxis.set_minor_formatter("{x:g}" if max(values) < 10 * min(values) else "")
     else:
         panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
@@ -103,7 +104,7 @@ def _is_number(text: str) -> bool:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in rows[0])
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(shown(value))}</td>" for value in row.values()) + "</tr>"
         for row in rows

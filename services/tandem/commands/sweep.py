@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from tandem.commands.plots import shown, write_plots
@@ -34,6 +35,9 @@ _COLUMNS = {
     "decode_busy": "D busy",
 }
 
+_WIDEST = 1000
+"""Characters of a table's line, whatever the terminal."""
+
 
 def run_sweep(
     trace: list[TraceRequest],
@@ -55,7 +59,10 @@ def run_sweep(
     if as_json:
         typer.echo(json.dumps(finite(rows)))
     else:
-        console.print(_render(axes, rows))
+        grid = _render(axes, rows)  # whole figures: rather a wide line than half a number
+        room = console.options.update(max_width=_WIDEST)
+        width = max(console.width, console.measure(grid, options=room).maximum)
+        Console(file=console.file, width=width, highlight=False).print(grid)
     if plot is not None:
         for path in write_plots(plot, f"{title}, {spec.profile.name}", axes, rows):
             typer.echo(f"drawn into {path}", err=True)

@@ -59,8 +59,8 @@ class BlockPool:
         self._num_touched = 0
         """Blocks from here on are free and were never used: a large pool costs what is used."""
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._holders: dict[Owner, dict[int, set[str]]] = {"request": {}, "transfer": {}}
-        """By block, where there are any."""
+        self._holders: dict[Owner, dict[int, frozenset[str]]] = {"request": {}, "transfer": {}}
+        """By block, where there are any; one set for all blocks that were allocated together."""
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._parent_of: dict[int, bytes] = {}
@@ -118,10 +118,10 @@ class BlockPool:
         """
         if not self.can_allocate(n):
             raise OutOfBlocksError(f"{holder} asked for {n} blocks, {self.num_free} are obtainable")
-        blocks = [self._take() for _ in range(n)]
-        holders = self._holders["request"]
-        for block in blocks:
-            holders[block] = {holder}
+        blocks = self._free[: -n - 1 : -1]  # as `_take`, so often, from the end
+        del self._free[len(self._free) - len(blocks) :]
+        blocks += [self._take() for _ in range(n - len(blocks))]
+        self._holders["request"].update(dict.fromkeys(blocks, frozenset((holder,))))
         return blocks
 
     def share(self, blocks: Sequence[int], holder: str) -> None:
@@ -252,23 +252,29 @@ class BlockPool:
         _refuse_repeats(blocks, f"{owner} {holder}")
         for block in blocks:
             self._cached.pop(block, None)
-            names.setdefault(block, set()).add(holder)
+            names[block] = names.get(block, frozenset()) | {holder}
 
     def _release(self, owner: Owner, blocks: Sequence[int], holder: str) -> None:
         names = self._holders[owner]
         for block in blocks:
-            self._check_known(block)
             if holder not in names.get(block, ()):
+                self._check_known(block)
                 raise IntegrityError(f"{owner} {holder} does not hold block {block}")
         _refuse_repeats(blocks, f"{owner} {holder}")
+        others = self._holders["transfer" if owner == "request" else "request"]
+        if not (others or self._hash_of) and set(map(names.get, blocks)) == {frozenset((holder,))}:
+            for block in blocks:  # nothing is shared, published or in flight: all at once
+                del names[block]
+            self._free.extend(reversed(blocks))
+            return
         newly_cached: list[int] = []
         for block in reversed(blocks):
-            names[block].discard(holder)
-            if not names[block]:
-                del names[block]
-            if self._is_held(block):
+            left = names.pop(block)
+            if len(left) > 1:
+                names[block] = left - {holder}
+            elif block in others:
                 continue
-            if block in self._hash_of:
+            elif block in self._hash_of:
                 self._cached[block] = None
                 newly_cached.append(block)
             else:

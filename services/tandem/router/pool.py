@@ -4,7 +4,8 @@ Load is in tokens. What this router dispatched is counted at once and exactly; w
 dispatched is known only from the workers' reports, which are always a little old.
 
 A decision looks at every worker, as columns of numbers: the loads move together with every dispatch
-(`_loads`), so there is no order to keep, and a thousand workers take some microseconds.
+(`_loads`), so there is no order to keep, and a thousand workers take some microseconds. A column
+and its sum change with the worker that they are about; what a decision need not compute, it skips.
 
 Invariant: a dispatch is taken back from the very view that it was counted on, so a worker that left
 and came back under its name starts from zero.
@@ -22,8 +23,6 @@ from tandem.core.prefix_events import PrefixEvents
 from tandem.router.policies import Candidates, Floats, Integers, Policy
 from tandem.router.prefix_view import PrefixView
 
-_REQUESTS, _TOKENS, _UNREPORTED, _OTHERS = range(4)
-
 
 @dataclass(slots=True, eq=False)
 class WorkerView:
@@ -31,7 +30,9 @@ class WorkerView:
 
     name: str
     number: int
-    """Its column, and its name in the prefix index; given to another one once it has left."""
+    """Its name in the prefix index; given to another one once it has left."""
+    position: int = 0
+    """Its place among the members, sorted by name, and so in every column."""
     is_member: bool = True
     requests: int = 0
     tokens: int = 0
@@ -60,8 +61,7 @@ class WorkerPool:
         self._workers: dict[str, WorkerView] = {}
         self._names: list[str] = []
         self._views: list[WorkerView] = []
-        self._numbers: Integers = np.zeros(0, dtype=np.int64)
-        self._columns = np.zeros((4, 0))
+        self._set_columns()
         self._dispatched_requests = 0
         self._dispatched_tokens = 0
 
@@ -89,10 +89,7 @@ class WorkerPool:
             name: self._workers.get(name) or WorkerView(name, next(free)) for name in self._names
         }
         self._views = list(self._workers.values())
-        self._numbers = np.array([view.number for view in self._views], dtype=np.int64)
-        self._columns = np.zeros((4, int(self._numbers.max(initial=-1)) + 1))
-        for view in self._views:
-            self._note(view)
+        self._set_columns()
 
     def observe(self, worker: WorkerView, running: int, waiting: int) -> None:
         """Take a worker's report: what it has beyond this router's own is other routers'."""
@@ -114,18 +111,20 @@ class WorkerPool:
     ) -> WorkerView | None:
         """Return the worker that the policy takes among those that are not excluded and have fewer
         than `max_requests` requests of this router; None if there is none."""
-        numbers = self._numbers
-        may_take = self._columns[_REQUESTS, numbers] < max_requests
+        may_take = self._requests < max_requests
         for name in exclude:
             if name in self._workers:
-                may_take[self._names.index(name)] = False
-        positions = np.flatnonzero(may_take)
+                may_take[self._workers[name].position] = False
+        positions, loads, cached = self._positions, self._loads(num_tokens), self._nothing
+        if hashes:
+            depths = self._prefixes.depths(hashes, self._num_numbers)
+            cached = depths[self._numbers] * self._block_size
+        if not may_take.all():
+            positions = np.flatnonzero(may_take)
+            loads, cached = loads[positions], cached[positions]
         if not len(positions):
             return None
-        numbers = numbers[positions]
-        depths = self._prefixes.depths(hashes, self._columns.shape[1])[numbers]
-        loads = self._loads(num_tokens)[numbers]
-        candidates = Candidates(self._names, positions, loads, depths * self._block_size)
+        candidates = Candidates(self._names, positions, loads, cached)
         return self._views[int(positions[self._policy.choose(candidates)])]
 
     def dispatch(self, worker: WorkerView, tokens: int, hashes: Sequence[bytes]) -> Dispatch:
@@ -155,20 +154,36 @@ class WorkerPool:
         stands for their share too: else all of them would fill the one idle worker.
         """
         mean = (self._dispatched_tokens + num_tokens) / (self._dispatched_requests + 1)
-        requests, tokens, unreported, others = self._columns
-        echo = others.sum() / max(requests.sum(), 1)
-        loads: Floats = tokens + others * mean + unreported * echo
+        if not self._sum_others:
+            return self._tokens
+        echo = self._sum_others / max(self._sum_requests, 1)
+        loads: Floats = self._tokens + self._others * mean + self._unreported * echo
         return loads
 
+    def _set_columns(self) -> None:
+        """Lay the members' numbers out anew, in the order of their names."""
+        size = len(self._views)
+        self._positions: Integers = np.arange(size)
+        self._numbers: Integers = np.array([view.number for view in self._views], dtype=np.int64)
+        self._num_numbers = int(self._numbers.max(initial=-1)) + 1
+        self._nothing: Integers = np.zeros(size, dtype=np.int64)
+        self._requests, self._tokens, self._unreported, self._others = np.zeros((4, size))
+        self._sum_requests = self._sum_others = 0
+        for position, view in enumerate(self._views):
+            view.position = position
+            self._note(view)
+
     def _note(self, view: WorkerView) -> None:
-        """Write a view's numbers into its column."""
-        if view.is_member:
-            self._columns[:, view.number] = (
-                view.requests,
-                view.tokens,
-                view.unreported_tokens,
-                view.others,
-            )
+        """Write a member's numbers into its place of the columns."""
+        if not view.is_member:
+            return
+        position = view.position
+        self._sum_requests += view.requests - int(self._requests[position])
+        self._sum_others += view.others - int(self._others[position])
+        self._requests[position] = view.requests
+        self._tokens[position] = view.tokens
+        self._unreported[position] = view.unreported_tokens
+        self._others[position] = view.others
 
     def _dismiss(self, view: WorkerView) -> None:
         view.is_member = False

@@ -20,7 +20,7 @@ def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
     """
     if scheduler.waiting or len(plan.chunks) != len(scheduler.running):
         return 0
-    if not plan.chunks or not _is_indifferent(scheduler.policy):
+    if not plan.chunks or not is_indifferent(scheduler.policy):
         return 0
     if scheduler.prompt_room is not None:  # lending learns from every iteration
         return 0
@@ -68,7 +68,7 @@ def _blocks_missing(scheduler: Scheduler, plan: IterationPlan, steps: int) -> in
     )
 
 
-def _is_indifferent(policy: Policy) -> bool:
+def is_indifferent(policy: Policy) -> bool:
     """Whether the policy neither counts iterations nor learns from what they take."""
     kind = type(policy)
     return kind.planned is Policy.planned and kind.measured is Policy.measured

@@ -11,6 +11,7 @@ from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.host_tier import make_host_tier
 from tandem.router import Router
 from tandem.scheduler import PoolRole, Scheduler, make_policy
+from tandem.scheduler.steady import is_indifferent
 from tandem.simulator.clock import Clock
 from tandem.simulator.decode import SimulatedDecode
 from tandem.simulator.gateway import SimulatedGateway
@@ -120,9 +121,16 @@ def _loops(
         name = f"{role}-{index}"
         machine, seed = machines[role, index], 2 * index + (role == "prefill")
         time = WorkerTime(profile.iteration, profile.shared, machine, role, seed)
+        learns = (
+            spec.config.lending.mode == "measured"
+            or spec.config.scheduler.preemption != "refill"
+            or not is_indifferent(policy)
+        )
         copying = block_bytes / profile.host_bytes_per_second
         loops.append(
-            IterationLoop(name, scheduler, time, clock, use, recorder, spec.leaps, copying)
+            IterationLoop(
+                name, scheduler, time, clock, use, recorder, spec.leaps, copying, learns=learns
+            )
         )
     return loops
 

@@ -112,9 +112,10 @@ class SimulatedGateway:
         count = len(flights)
         report.output_tokens += count * len(times)
         longest = 0.0
-        for earlier, later in pairwise(times):
-            report.gaps.add(later - earlier, count)
-            longest = max(longest, later - earlier)
+        if len(times) > 1:
+            gaps = [later - earlier for earlier, later in pairwise(times)]
+            report.gaps.add_all(gaps, count)
+            longest = max(gaps)
         for flight in flights:
             gap = times[0] - flight.last_token_at
             report.gaps.add(gap)

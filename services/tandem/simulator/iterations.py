@@ -72,8 +72,13 @@ class IterationLoop:
         recorder: Timeline | None,
         leaps: bool = True,
         copy_seconds_per_block: float = 0.0,
+        *,
+        learns: bool = True,
     ) -> None:
+        """`leaps`: over equal decode steps, where it may. `learns`: what iterations cost; without,
+        neither the policy nor lending nor preemption may ask for it."""
         self.name = name
+        self._learns = learns
         self._scheduler = scheduler
         self._time = time
         self._clock = clock
@@ -200,7 +205,8 @@ class IterationLoop:
         if self._recorder is not None:
             self._recorder.iteration(self.name, began, self._clock.now, plan)
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        scheduler.measured(plan, seconds)
+        if self._learns:
+            scheduler.measured(plan, seconds)
         scheduler.advance(plan)
         self._role.computed(plan, began)
         for seq in samplers:

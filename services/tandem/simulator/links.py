@@ -36,8 +36,14 @@ class Links:
         Returns when its first piece was ready and when its last one arrives.
         """
         groups = self._cost.layer_groups
-        step = (ended - began) / groups
-        arrival = began
-        for group in range(1, groups + 1):
-            arrival = self.send(sender, receiver, num_tokens / groups, began + group * step)
-        return began + step, arrival
+        first = began + (ended - began) / groups
+        size = num_tokens * self._cost.kv_bytes_per_token
+        piece = self._cost.latency + size / groups / self._cost.bytes_per_second
+        free = max(first, self._sender_free[sender], self._receiver_free[receiver])
+        # All pieces are equal and equally spaced: they wait for the link from the first on, or for
+        # the last one to be computed.
+        arrival = max(free + groups * piece, ended + piece)
+        self._sender_free[sender] = self._receiver_free[receiver] = arrival
+        self.busy_seconds[sender] += groups * piece
+        self.num_bytes += size
+        return first, arrival

@@ -1,7 +1,8 @@
 """Which cluster serves a trace best: the highest rate per worker at which the objectives are met.
 
 A race: all candidates serve the same stretches of the trace at a rate that rises from rung to rung,
-and whoever meets the objectives of too few requests drops out; longer stretches as fewer are left.
+and whoever meets the objectives of too few requests drops out; longer stretches as fewer are left,
+so that every rung simulates about as many requests. A scout finds the rung to begin with.
 The last ones are measured closely, on several stretches each, so that it can be said how sure the
 order is. Then the winner's machine is made better in one respect at a time: what helps most is what
 limits it. Pure, but for the caller's `Runner`, which may use several cores; same seed, same answer.
@@ -17,6 +18,7 @@ from statistics import fmean
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError
 from tandem.scheduler.costs import Work
+from tandem.simulator.bracket import RUNG, Bracket
 from tandem.simulator.cluster import ClusterSpec
 from tandem.simulator.limits import improvements
 from tandem.simulator.profile import Profile
@@ -25,17 +27,19 @@ from tandem.simulator.trace import TraceRequest
 
 CHUNKS = (512, 2048)
 POLICIES = ("chunked_prefill", "concatenation", "shortest_prompt", "deadline", "auto_chunk")
-_RUNG = 1.3
-"""How much faster requests come from rung to rung."""
 _START = 0.25
 """The first rung, as a part of what the workers could do if nobody ever waited."""
 _FAR = 64
 """How far from the first rung rates are looked for, either way."""
-_FEWEST = 100
+_FEWEST = 64
 """Requests of a stretch."""
+_RUNG_SHARE = 0.1
+"""What part of all requests that may be simulated one rung takes; a finalist's trials together take
+less than `_FINAL_SHARE`."""
+_FINAL_SHARE = 0.15
 _FINALISTS = 3
-_NARROW = 1.04
-"""A finalist's rate is bracketed as closely as this."""
+_TRIALS = 6
+"""About as many does it take to bracket a finalist's rate on one stretch."""
 _OVER = 1.1
 """How far above the winner's rate its limits are looked for."""
 
@@ -93,6 +97,8 @@ class Goal:
     stretches: int = 5
     """On which a finalist is measured."""
     seed: int = 0
+    requests: int = 60_000
+    """About how many to simulate in all. Stretches are cut to keep within."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,8 @@ class Plan:
     """The share there, as things are."""
     missed: Mapping[str, int]
     trials: int
+    stretch_seconds: float = 0.0
+    """How long the stretches on which the best one was measured lasted at its rate."""
 
     @property
     def is_sure(self) -> bool:
@@ -181,8 +189,11 @@ class _Race:
         finalists, passed = self._climb()
         ranked = [self._measure(candidate, passed) for candidate in finalists]
         ranked.sort(key=lambda entry: -entry.rate)
+        if not ranked[0].rate:
+            raise ConfigError(self._hopeless({finalists[0]: 0.0}))
         over, limits = self._limits(ranked[0])
-        return Plan(tuple(ranked), limits, over.slo_met, over.missed, self._trials)
+        lasted = len(self._numbered(0, ranked[0].rate)) / ranked[0].rate
+        return Plan(tuple(ranked), limits, over.slo_met, over.missed, self._trials, lasted)
 
     # ------------------------------------------------------------------ the race
 
@@ -191,8 +202,10 @@ class _Race:
         left = candidates(self._goal)
         rate = _START * busy_rate(self._trace, self._goal.profile, self._goal.num_workers)
         lowest, highest, climbed = rate / _FAR, rate * _FAR, False
+        rate = self._scout(left[0], rate, highest)
         while True:
-            stretch = self._stretch(rate * self._goal.seconds / 3, self._rng)
+            most = _RUNG_SHARE * self._goal.requests / len(left)
+            stretch = self._stretch(min(rate * self._goal.seconds / 3, most), self._rng)
             outcomes = self._try([(c, rate, stretch) for c in left])
             met = {c: outcome.slo_met for c, outcome in zip(left, outcomes, strict=True)}
             staying = [c for c in left if met[c] >= self._goal.attainment]
@@ -205,8 +218,19 @@ class _Race:
             climbed = True
             if len(staying) <= _FINALISTS or rate > highest:
                 best = sorted(left, key=lambda candidate: -met[candidate])[:_FINALISTS]
-                return best, rate / _RUNG
-            left, rate = staying, rate * _RUNG
+                return best, rate / RUNG
+            left, rate = staying, rate * RUNG
+
+    def _scout(self, candidate: Candidate, rate: float, highest: float) -> float:
+        """Return the last rung that one candidate keeps up with, the first one if none: the best
+        of all can do as much."""
+        while rate < highest:
+            most = _RUNG_SHARE * self._goal.requests / len(candidates(self._goal))
+            stretch = self._stretch(min(rate * self._goal.seconds / 3, most), self._rng)
+            if self._try([(candidate, rate, stretch)])[0].slo_met < self._goal.attainment:
+                break
+            rate *= RUNG
+        return rate / RUNG
 
     def _hopeless(self, met: Mapping[Candidate, float]) -> str:
         best = max(met, key=lambda candidate: met[candidate])
@@ -220,7 +244,7 @@ class _Race:
 
     def _measure(self, candidate: Candidate, passed: float) -> Ranked:
         """Find the highest rate that a finalist sustains on each stretch."""
-        brackets = [_Bracket(passed) for _ in range(self._goal.stretches)]
+        brackets = [Bracket(passed) for _ in range(self._goal.stretches)]
         while open_ := [i for i, bracket in enumerate(brackets) if not bracket.is_narrow]:
             wanted = [(candidate, rate := brackets[i].next, self._numbered(i, rate)) for i in open_]
             for i, outcome in zip(open_, self._try(wanted), strict=True):
@@ -259,40 +283,15 @@ class _Race:
 
     def _numbered(self, number: int, rate: float) -> list[TraceRequest]:
         """Stretches that are the same for every finalist: of one number they begin together."""
-        rng = Random(f"{self._goal.seed} {number}")
-        return self._stretch(rate * self._goal.seconds, rng)
+        goal, rng = self._goal, Random(f"{self._goal.seed} {number}")
+        most = _FINAL_SHARE * goal.requests / (goal.stretches * _TRIALS)
+        return self._stretch(min(rate * goal.seconds, most), rng)
 
     def _stretch(self, requests: float, rng: Random) -> list[TraceRequest]:
         """A part of the trace as it is, so that its bursts and shared prefixes stay."""
         count = max(_FEWEST, min(round(requests), len(self._trace) // 2))
         start = int(rng.random() * max(0, len(self._trace) - count))
         return self._trace[start : start + count]
-
-
-@dataclass
-class _Bracket:
-    """The search for the highest rate that is sustained on one stretch."""
-
-    next: float
-    low: float = 0.0
-    """The highest that was sustained; 0: none yet."""
-    high: float = 0.0
-    """The lowest that was not; 0: none yet."""
-
-    @property
-    def is_narrow(self) -> bool:
-        return self.low > 0 and 0 < self.high <= self.low * _NARROW
-
-    def tried(self, sustained: bool) -> None:
-        """Take the result of `next`."""
-        if sustained:
-            self.low = self.next
-        else:
-            self.high = self.next
-        if self.low and self.high:
-            self.next = (self.low * self.high) ** 0.5
-        else:
-            self.next = self.low * _RUNG or self.high / _RUNG
 
 
 def _bootstrap(rates: Sequence[float], rng: Random, rounds: int = 1000) -> tuple[float, float]:

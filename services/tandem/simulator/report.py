@@ -26,6 +26,15 @@ class Histogram:
         if seconds > self._most:
             self._most = seconds
 
+    def add_all(self, durations: Sequence[float], count: int = 1) -> None:
+        """Count each of some durations above 0, so often; soon done if all are about equal."""
+        longest = max(durations)
+        if math.log(min(durations)) // _BIN == math.log(longest) // _BIN:
+            self.add(longest, count * len(durations))
+            return
+        for seconds in durations:
+            self.add(seconds, count)
+
     @property
     def num_added(self) -> int:
         """Durations counted."""
