@@ -166,7 +166,7 @@ class WorkerPool:
         self._positions: Integers = np.arange(size)
         self._numbers: Integers = np.array([view.number for view in self._views], dtype=np.int64)
         self._num_numbers = int(self._numbers.max(initial=-1)) + 1
-        self._nothing: Integers = np.zeros(size, dtype=np.int64)
+        self._nothing: Floats = np.zeros(size)
         self._requests, self._tokens, self._unreported, self._others = np.zeros((4, size))
         self._sum_requests = self._sum_others = 0
         for position, view in enumerate(self._views):
