@@ -9,13 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-WORKER_MODULES = ("tandem.decode.worker", "tandem.prefill.worker")
-"""What a worker process imports first: most of its start, and the same whatever it will serve."""
-
 
 def prepare_environment() -> None:
-    """No usage reports, no advice about accelerators, no low priority, early imports; and the
-    token, if any.
+    """No usage reports, no advice about accelerators, no low priority; and the token, if any.
 
     Ray makes a token for a cluster of its own, but does not look for it when it connects to one
     that runs already, unless it is told to.
@@ -25,8 +21,6 @@ def prepare_environment() -> None:
     # Ray runs its workers at nice 15: anything else on the machine would starve the model.
     os.environ.setdefault("RAY_worker_niceness", "0")
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    # Ray starts processes before it has work for them: what they import meanwhile, workers do not.
-    os.environ.setdefault("RAY_preload_python_modules", ",".join(WORKER_MODULES))
     has_token = bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
     # Once Ray is loaded, its children would read this and it would not: they could not talk.
     if has_token and "ray" not in sys.modules:
