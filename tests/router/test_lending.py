@@ -8,14 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.core.config import SchedulerConfig
+from tandem.core.request import Request
+from tandem.core.sampling import SamplingParams
+from tandem.core.sequence import Sequence
+from tandem.kvcache.block_pool import BlockPool
 from tandem.router.lending import (
+    LegPhase,
     Prompt,
     PromptWork,
     WorkerLoad,
     best_move,
+    has_slack,
     may_keep,
     prefill_seconds,
+    prompt_of,
+    prompts_here,
 )
+from tandem.scheduler import Scheduler
 from tandem.scheduler.costs import IterationCosts, Work
 
 COSTS = IterationCosts(fixed=0.030, prompt_token=0.002, decode=0.003, context=0.0, attended=0.0)
@@ -125,7 +135,75 @@ def test_a_worker_that_has_not_said_what_it_costs_is_left_alone() -> None:
     ],
 )
 def test_what_a_prefill_worker_keeps(case: str, load: WorkerLoad, blocks: int, kept: bool) -> None:
-    assert may_keep(load, 100, blocks) == kept, case
+    assert has_slack(load, 100, blocks) == kept, case
+
+
+def make_scheduler() -> Scheduler:
+    config = SchedulerConfig(max_batch_tokens=16, chunk_size=16)
+    return Scheduler(config, BlockPool(num_blocks=64, block_size=4), max_model_len=200)
+
+
+def make_sequence(arrival: int, num_tokens: int) -> Sequence:
+    sampling = SamplingParams(max_tokens=20)
+    return Sequence(Request(f"r{arrival}", (7,) * num_tokens, num_tokens, sampling), arrival)
+
+
+def test_only_prompts_that_are_computed_here_are_prompts_here() -> None:
+    scheduler = make_scheduler()
+    sequences = [make_sequence(arrival, 30) for arrival in range(4)]
+    sequences[1].remote = True
+    sequences[2].host_blocks = [0]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    assert list(prompts_here(scheduler)) == [sequences[0], sequences[3]]
+    for _ in range(2):  # two chunks are all of it: from then on it decodes
+        scheduler.advance(scheduler.schedule())
+    scheduler.append(sequences[0], 7)
+    assert list(prompts_here(scheduler)) == [sequences[3]]
+
+
+def test_a_prompt_leaves_only_between_iterations_and_with_room_for_all_its_tokens() -> None:
+    scheduler, sequence = make_scheduler(), make_sequence(0, 30)
+
+    def may_move(moves_left: int = 1) -> bool:
+        here = prompt_of(scheduler, "a", sequence, 0, "p", is_here=True, moves_left=moves_left)
+        return here.may_move
+
+    scheduler.add(sequence)
+    assert may_move()
+    assert not may_move(moves_left=0)
+    plan = scheduler.schedule()
+    scheduler.launch(plan)
+    assert not may_move()
+    scheduler.advance(plan)
+    assert may_move()
+    slots = len(sequence.block_table) * scheduler.pool.block_size
+    sequence.token_ids.extend([7] * (slots + 1 - sequence.num_tokens))
+    assert not may_move()
+    with pytest.raises(ValueError, match=r"8 blocks of 4 for 33 tokens"):
+        scheduler.hand_out(sequence)
+
+
+@pytest.mark.parametrize(
+    ("case", "phases", "kept"),
+    [
+        ("nothing else", [], True),
+        ("others wait for blocks here", ["offered", "offered"], True),
+        ("one is kept and another may be", ["kept", "offered"], True),
+        ("as many are kept as may be", ["kept", "kept"], False),
+        ("one waits for its turn there", ["offered", "asked"], False),
+        ("one is computed there", ["granted"], False),
+        ("one is about to come back", ["kept", "cutting"], False),
+    ],
+)
+def test_a_prefill_worker_keeps_while_it_has_nothing_else_of_ours(
+    case: str, phases: list[LegPhase], kept: bool
+) -> None:
+    sequence = make_sequence(0, 30)  # 50 tokens at its longest: 13 blocks
+    load = replace(IDLE, free_blocks=26)
+    assert may_keep(make_scheduler(), sequence, load, phases, max_kept=2) == kept, case
+    too_few = replace(load, free_blocks=13 * (1 + phases.count("kept")) - 1)
+    assert not may_keep(make_scheduler(), sequence, too_few, phases, max_kept=2), case
 
 
 LOADS = st.builds(

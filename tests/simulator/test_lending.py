@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -70,3 +71,16 @@ def test_every_request_ends_with_every_token(
     report = run(spec, "measured", trace)  # raises if a block is held to the end
     assert report.num_finished == len(trace) + len(WARM_UP)
     assert report.output_tokens == sum(request.output_len for request in [*WARM_UP, *trace])
+
+
+@pytest.mark.parametrize("seed", range(8, 14))
+def test_a_prompt_that_outgrew_its_blocks_is_not_handed_out(seed: int, make_spec: MakeSpec) -> None:
+    """Messages that take longer than iterations let a kept request outgrow what was reserved."""
+    rng, spec = Random(seed), make_spec(2, 2, num_blocks=40, max_batch_tokens=64)
+    slow = replace(spec, profile=spec.profile.model_copy(update={"rpc_seconds": 0.02}))
+    trace = [
+        TraceRequest(3 + rng.random(), rng.randint(1, 70), rng.randint(1, 25)) for _ in range(40)
+    ]
+    report = run(slow, "measured", trace)
+    assert report.kept_tokens > 0
+    assert report.num_finished == len(trace) + len(WARM_UP)

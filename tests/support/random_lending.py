@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from random import Random
 from typing import Any
 
-from tandem.decode import lending
+from tandem.router import lending
 from tandem.router.lending import Move, Prompt, WorkerLoad
 
 

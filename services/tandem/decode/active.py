@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tandem.core.request import PositionLogprobs, Request
 from tandem.core.sequence import Sequence
+from tandem.router.lending import LegPhase
 from tandem.v1 import worker_pb2
 from tandem.worker.landing import LandingProgress
 
 if TYPE_CHECKING:
     from tandem.decode.peers import PrefillPeer
     from tandem.decode.sessions import GatewaySession
-
-LegPhase = Literal["asked", "offered", "kept", "granted", "cutting", "over"]
 
 
 @dataclass(slots=True, eq=False)

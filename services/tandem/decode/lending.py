@@ -21,11 +21,11 @@ from tandem.decode.peers import PrefillPeer
 from tandem.router.lending import (
     MOST_PROMPTS,
     Prompt,
-    PromptWork,
     WorkerLoad,
-    best_move,
-    load_of,
+    advised_move,
     may_keep,
+    prompt_of,
+    prompts_here,
 )
 from tandem.scheduler.prompt_room import PromptRoom
 from tandem.worker.load import load_from_proto
@@ -66,12 +66,12 @@ class Lender:
             return False
         fixed = [prompt._replace(may_move=False) for prompt in self._prompts()]
         own = self._prompt(active, start, is_here=is_here)
-        return self._best_move([*fixed, own]) is active
+        return self._advised_move([*fixed, own]) is active
 
     def rebalance(self) -> None:
         """Move prompts while that lets one end sooner; of no cost while nothing has changed."""
         while self.news and self._is_measured:
-            active = self._best_move(self._prompts())
+            active = self._advised_move(self._prompts())
             self.news = active is not None
             if active is not None:
                 active.moves += 1
@@ -93,20 +93,11 @@ class Lender:
                 )  # fmt: skip
 
     def _may_keep(self, sequence: Sequence, peer: PrefillPeer) -> bool:
-        """Whether a prefill worker has nothing else to do and room for one more."""
         if peer.load is None or not peer.load.HasField("costs"):
             return False
-        legs = self._handoff.legs_on(peer)
-        kept = [leg for leg in legs if leg.phase == "kept"]
-        # Offered legs wait for blocks here, as this one does: there is nothing to do for them.
-        if any(leg.phase not in ("kept", "offered") for leg in legs):
-            return False
-        if len(kept) >= self._config.max_kept:
-            return False
-        most = self._runtime.scheduler.most_blocks(sequence)
+        phases = [leg.phase for leg in self._handoff.legs_on(peer)]
         load = load_from_proto(peer.load, 0.0)
-        # What was kept since that report is not in it, and all of it will grow.
-        return may_keep(load, sequence.num_tokens, most * (1 + len(kept)))
+        return may_keep(self._runtime.scheduler, sequence, load, phases, self._config.max_kept)
 
     def _move(self, active: ActiveRequest) -> None:
         scheduler, sequence, leg = self._runtime.scheduler, active.sequence, active.leg
@@ -134,41 +125,26 @@ class Lender:
 
     def _prompts(self) -> Iterator[Prompt[ActiveRequest]]:
         """Every prompt of this worker in the order in which its place serves it."""
-        scheduler = self._runtime.scheduler
-        for sequence in (*scheduler.running, *scheduler.waiting):
-            is_swapped = bool(sequence.host_blocks)
-            if not sequence.remote and sequence.num_uncomputed > 1 and not is_swapped:
-                active = self._owner.request_of(sequence)
-                yield self._prompt(active, sequence.num_computed, is_here=True)
+        for sequence in prompts_here(self._runtime.scheduler):
+            active = self._owner.request_of(sequence)
+            yield self._prompt(active, sequence.num_computed, is_here=True)
         for active, leg in self._handoff.movable_legs():
             yield self._prompt(active, leg.num_ready, is_here=False)
 
     def _prompt(self, active: ActiveRequest, start: int, *, is_here: bool) -> Prompt[ActiveRequest]:
-        sequence = active.sequence
-        return Prompt(
+        return prompt_of(
+            self._runtime.scheduler,
             active,
+            active.sequence,
             start,
-            sequence.num_tokens,
             active.target.name if active.target else "",
             is_here=is_here,
-            may_move=active.moves < self._config.max_moves and self._may_leave(sequence),
-            blocks=self._runtime.scheduler.blocks_to_admit(sequence),
+            moves_left=self._config.max_moves - active.moves,
         )
 
-    def _may_leave(self, sequence: Sequence) -> bool:
-        """Whether no iteration writes its blocks, and they have room for what would come back."""
-        if not sequence.block_table:
-            return True
-        return not sequence.num_under_way and self._runtime.scheduler.has_room(sequence)
-
-    def _best_move(self, prompts: Iterable[Prompt[ActiveRequest]]) -> ActiveRequest | None:
+    def _advised_move(self, prompts: Iterable[Prompt[ActiveRequest]]) -> ActiveRequest | None:
         loads = self._loads()
-        if not loads:
-            return None
-        scheduler = self._runtime.scheduler
-        here = load_of(scheduler, PromptWork())
-        move = best_move(here, loads, islice(prompts, MOST_PROMPTS), self._config.margin)
-        return move.key if move else None
+        return advised_move(self._runtime.scheduler, loads, prompts, self._config.margin)
 
     def _loads(self) -> Mapping[str, WorkerLoad]:
         """What prefill workers have said, with the time that has passed since."""
@@ -176,6 +152,5 @@ class Lender:
         for peer in self._handoff.peers:
             if peer.load is not None and peer.load.HasField("costs"):
                 credit = time.monotonic() - peer.progress_at
-                loads[peer.name] = load = load_from_proto(peer.load, credit)
-                self._runtime.scheduler.costs.seed(load.costs)
+                loads[peer.name] = load_from_proto(peer.load, credit)
         return loads

@@ -4,7 +4,7 @@ Every worker says what its iterations cost and what they are busy with (`WorkerL
 follows when the last token of each prompt would be computed in either place. A prompt moves when
 that is sooner elsewhere by a clear margin, and only so many times. Nobody here sends anything or
 reads a clock; the decode worker, who owns the requests, asks at every event that changes the
-answer, and the simulator asks the same function.
+answer, and so does the simulator's: what may move or be kept is said here, once for both.
 
 Invariant: a move that is advised ends sooner by the figures given, so none is undone by asking
 again without news.
@@ -13,16 +13,20 @@ again without news.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from itertools import islice
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from tandem.core.config import TandemConfig
+from tandem.core.sequence import Sequence
 from tandem.scheduler import Scheduler
 from tandem.scheduler.costs import IterationCosts, Work
 from tandem.scheduler.prompt_room import MIN_ROOM, running_work
 
 Key = TypeVar("Key")
+LegPhase = Literal["asked", "offered", "kept", "granted", "cutting", "over"]
+"""Of a prompt that a prefill worker computes, as its decode worker knows it."""
 MOST_PROMPTS = 128
 """Prompts that are looked at in one decision: bounds its time however long the queues are."""
 
@@ -175,11 +179,85 @@ def load_of(scheduler: Scheduler, queued: PromptWork, credit: float = 0.0) -> Wo
     )
 
 
-def may_keep(load: WorkerLoad, num_tokens: int, blocks: int) -> bool:
-    """Whether a prefill worker has nothing to do and room to decode one more request itself.
+def prompts_here(scheduler: Scheduler) -> Iterator[Sequence]:
+    """Yield the sequences whose prompt this worker computes or is to compute, in order of service.
 
-    `blocks`: what the request needs at its longest. No prompt may wait there, and a step with one
-    sequence of `num_tokens` more must stay within `longest_iteration`.
+    One that is swapped out waits for its KV, not for a prompt.
+    """
+    for sequence in (*scheduler.running, *scheduler.waiting):
+        if not sequence.remote and sequence.num_uncomputed > 1 and not sequence.host_blocks:
+            yield sequence
+
+
+def prompt_of(
+    scheduler: Scheduler,
+    key: Key,
+    sequence: Sequence,
+    start: int,
+    target: str,
+    *,
+    is_here: bool,
+    moves_left: int,
+) -> Prompt[Key]:
+    """Describe a sequence of the decode worker whose scheduler this is: see `Prompt`."""
+    return Prompt(
+        key,
+        start,
+        sequence.num_tokens,
+        target,
+        is_here=is_here,
+        may_move=moves_left > 0 and _may_leave(scheduler, sequence),
+        blocks=scheduler.blocks_to_admit(sequence),
+    )
+
+
+def _may_leave(scheduler: Scheduler, sequence: Sequence) -> bool:
+    """Whether no iteration writes its blocks, and they have room for what would come back."""
+    if not sequence.block_table:
+        return True
+    return not sequence.num_under_way and scheduler.has_room(sequence)
+
+
+def advised_move(
+    scheduler: Scheduler,
+    elsewhere: Mapping[str, WorkerLoad],
+    prompts: Iterable[Prompt[Key]],
+    margin: float,
+) -> Key | None:
+    """Return which of the first `MOST_PROMPTS` prompts of a decode worker is to move, if any."""
+    if not elsewhere:
+        return None
+    for load in elsewhere.values():
+        scheduler.costs.seed(load.costs)
+    here = load_of(scheduler, NO_PROMPTS)
+    move = best_move(here, elsewhere, islice(prompts, MOST_PROMPTS), margin)
+    return move.key if move else None
+
+
+def may_keep(
+    scheduler: Scheduler,
+    sequence: Sequence,
+    load: WorkerLoad,
+    phases: Collection[LegPhase],
+    max_kept: int,
+) -> bool:
+    """Whether a prefill worker may decode a sequence for which the decode worker has no blocks.
+
+    `phases`: of all legs of this decode worker there. Offered ones wait for blocks here, as this
+    one does: there is nothing to do for them.
+    """
+    kept = sum(phase == "kept" for phase in phases)
+    if kept >= max_kept or any(phase not in ("kept", "offered") for phase in phases):
+        return False
+    # What was kept since that report is not in it, and all of it will grow.
+    return has_slack(load, sequence.num_tokens, scheduler.most_blocks(sequence) * (1 + kept))
+
+
+def has_slack(load: WorkerLoad, num_tokens: int, blocks: int) -> bool:
+    """Whether a prefill worker has no prompt to compute and room to decode one more request itself.
+
+    `blocks`: what the request needs at its longest. A step with one sequence of `num_tokens` more
+    must stay within `longest_iteration`.
     """
     if load.queued.tokens or blocks > load.free_blocks:
         return False

@@ -464,11 +464,17 @@ class Scheduler:
     def hand_out(self, seq: Sequence) -> None:
         """Let a prefill worker compute what is left of a running prompt: `fall_back` undone.
 
-        It keeps its blocks and what is in them, and must hold those of all its tokens.
+        It keeps its blocks and what is in them. Raises ValueError, naming what is amiss, unless it
+        runs, has two tokens or more to compute, and holds blocks for all of its tokens.
         """
-        if seq.phase != "running" or seq.num_uncomputed < 2 or not self.has_room(seq):
+        if seq.phase != "running":
+            raise ValueError(f"{holder_of(seq)} is {seq.phase}, not running: it cannot be sent out")
+        if seq.num_uncomputed < 2:
+            raise ValueError(f"{holder_of(seq)} has {seq.num_uncomputed} tokens to compute, not 2")
+        if not self.has_room(seq):
             raise ValueError(
-                f"{holder_of(seq)} is {seq.phase} with {seq.num_uncomputed} to compute"
+                f"{holder_of(seq)} has {len(seq.block_table)} blocks of {self.pool.block_size} for "
+                f"{seq.num_tokens} tokens: KV of all of them could not come back"
             )
         seq.remote = True
         self._move(seq, "receiving")

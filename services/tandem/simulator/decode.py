@@ -12,11 +12,11 @@ from tandem.core.sequence import IterationPlan, Sequence
 from tandem.router.lending import (
     MOST_PROMPTS,
     Prompt,
-    PromptWork,
-    best_move,
-    load_of,
+    advised_move,
     local_prefill_limit,
     may_keep,
+    prompt_of,
+    prompts_here,
 )
 from tandem.scheduler.prompt_room import PromptRoom
 from tandem.simulator.clock import Clock
@@ -94,6 +94,7 @@ class SimulatedDecode:
         if sequence.phase == "receiving":
             self._grant(flight, leg, target)
         elif idle:  # reserve now and let the request carry its grant
+            leg.phase = "offered"
             self._enqueue(flight)
         else:
             leg.was_asked = True
@@ -108,6 +109,7 @@ class SimulatedDecode:
     def offered(self, flight: Flight, leg: SimulatedLeg) -> None:
         """The prefill worker could start soon: wait for blocks."""
         if flight.leg is leg:
+            leg.phase = "offered"
             self._enqueue(flight)
 
     def _enqueue(self, flight: Flight) -> None:
@@ -185,7 +187,7 @@ class SimulatedDecode:
     def _grant(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
         leg.granted_at = self._clock.now
         leg.held_tokens = min(flight.sequence.num_computed, leg.num_tokens - 1)
-        leg.is_granted = True
+        leg.phase = "granted"
         leg.reserved_tokens = (
             len(flight.sequence.block_table) * self._loop.scheduler.pool.block_size
         )
@@ -238,58 +240,43 @@ class SimulatedDecode:
         for sequence in islice(scheduler.waiting, MOST_PROMPTS):
             flight = self._by_sequence[sequence]
             leg, target = flight.leg, flight.prefill
-            if leg is None or target is None or leg.was_kept or not self._may_keep(flight, target):
+            if leg is None or target is None or leg.phase != "offered":
                 continue
-            leg.is_kept = leg.was_kept = leg.was_asked = True
-            self._clock.after(self._rpc_seconds, target.keep, flight, leg)
+            if self._may_keep(flight, target):
+                leg.phase, leg.is_kept, leg.was_kept, leg.was_asked = "kept", True, True, True
+                self._clock.after(self._rpc_seconds, target.keep, flight, leg)
 
     def _may_keep(self, flight: Flight, target: SimulatedPrefill) -> bool:
-        """Whether a prefill worker has nothing else to do and room for one more."""
         load = target.load(self)
-        legs = [leg for other, leg in self._legs.items() if other.prefill is target]
-        kept = [leg for leg in legs if leg.was_kept]
-        if load is None or any(leg.is_granted and not leg.was_kept for leg in legs):
-            return False
-        if len(kept) >= self._lending.max_kept:
-            return False
-        most = self._loop.scheduler.most_blocks(flight.sequence)
-        return may_keep(load, flight.sequence.num_tokens, most * (1 + len(kept)))
+        phases = [leg.phase for other, leg in self._legs.items() if other.prefill is target]
+        scheduler, most = self._loop.scheduler, self._lending.max_kept
+        return load is not None and may_keep(scheduler, flight.sequence, load, phases, most)
 
     def _prompts(self) -> Iterator[Prompt[Flight]]:
         """Every prompt of this worker in the order in which its place serves it."""
-        scheduler = self._loop.scheduler
-        for sequence in (*scheduler.running, *scheduler.waiting):
-            is_swapped = bool(sequence.host_blocks)
-            if not sequence.remote and sequence.num_uncomputed > 1 and not is_swapped:
-                yield self._prompt(self._by_sequence[sequence], sequence.num_computed, is_here=True)
+        for sequence in prompts_here(self._loop.scheduler):
+            yield self._prompt(self._by_sequence[sequence], sequence.num_computed, is_here=True)
         for flight, leg in self._legs.items():
-            if not (leg.was_cut or leg.was_kept or leg.first_token_at):
+            if not (leg.phase == "cutting" or leg.was_kept or leg.first_token_at):
                 yield self._prompt(flight, max(leg.computed, leg.held_tokens), is_here=False)
 
     def _prompt(self, flight: Flight, start: int, *, is_here: bool) -> Prompt[Flight]:
-        sequence = flight.sequence
-        return Prompt(
+        return prompt_of(
+            self._loop.scheduler,
             flight,
+            flight.sequence,
             start,
-            sequence.num_tokens,
             flight.prefill.name if flight.prefill else "",
             is_here=is_here,
-            may_move=flight.moves < self._lending.max_moves,
-            blocks=self._loop.scheduler.blocks_to_admit(sequence),
+            moves_left=self._lending.max_moves - flight.moves,
         )
 
-    def _best_move(self, prompts: Iterable[Prompt[Flight]]) -> Flight | None:
+    def _advised_move(self, prompts: Iterable[Prompt[Flight]]) -> Flight | None:
         prompts = list(islice(prompts, MOST_PROMPTS))
-        targets = {prompt.key.prefill for prompt in prompts if prompt.key.prefill}
-        loads = {target.name: target.load(self) for target in targets}
+        targets = [prompt.key.prefill for prompt in prompts if prompt.key.prefill]
+        loads = {target.name: target.load(self) for target in dict.fromkeys(targets)}
         known = {name: load for name, load in loads.items() if load is not None}
-        if not known:
-            return None
-        costs = self._loop.scheduler.costs
-        costs.seed(next(iter(known.values())).costs)
-        here = load_of(self._loop.scheduler, PromptWork())
-        move = best_move(here, known, prompts, self._lending.margin)
-        return move.key if move else None
+        return advised_move(self._loop.scheduler, known, prompts, self._lending.margin)
 
     def _is_sooner_elsewhere(self, flight: Flight, *, is_here: bool) -> bool:
         """Whether a prompt that comes now should not go where it would by default."""
@@ -297,12 +284,12 @@ class SimulatedDecode:
             return False
         fixed = [prompt._replace(may_move=False) for prompt in self._prompts()]
         start = self._loop.scheduler.peek_cached(flight.sequence)
-        return self._best_move([*fixed, self._prompt(flight, start, is_here=is_here)]) is flight
+        return self._advised_move([*fixed, self._prompt(flight, start, is_here=is_here)]) is flight
 
     def _rebalance(self) -> None:
         """Move prompts while that makes one end sooner."""
         while self._news and self._lending.mode == "measured":
-            flight = self._best_move(self._prompts())
+            flight = self._advised_move(self._prompts())
             self._news = flight is not None
             if flight is not None:
                 flight.moves += 1
@@ -317,8 +304,8 @@ class SimulatedDecode:
             else:
                 scheduler.hand_out(sequence)
             self._begin_leg(flight)
-        elif leg.is_granted and flight.prefill:
-            leg.was_cut = True
+        elif leg.phase == "granted" and flight.prefill:
+            leg.phase = "cutting"
             self._clock.after(self._rpc_seconds, flight.prefill.cut, flight, leg)
         elif flight.prefill:
             self._cancel(flight, leg, flight.prefill)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tandem.core.request import Request
 from tandem.core.sequence import Sequence
+from tandem.router.lending import LegPhase
 
 if TYPE_CHECKING:
     from tandem.simulator.decode import SimulatedDecode
@@ -20,6 +21,7 @@ class SimulatedLeg:
     sequence: Sequence
     """On the prefill worker."""
     num_tokens: int
+    phase: LegPhase = "asked"
     was_asked: bool = False
     held_tokens: int = 0
     granted_at: float = 0.0
@@ -27,12 +29,10 @@ class SimulatedLeg:
     """When the last of its pieces so far arrives."""
     first_token_at: float = 0.0
     has_landed: bool = False
-    is_granted: bool = False
     computed: int = 0
     """Tokens that the prefill worker has said to have computed."""
     done: int = 0
     """Tokens that it has computed, on the prefill worker."""
-    was_cut: bool = False
     is_kept: bool = False
     """Whether the prefill worker decodes it while the decode worker has no blocks."""
     was_kept: bool = False

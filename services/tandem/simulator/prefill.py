@@ -140,7 +140,6 @@ class SimulatedPrefill:
     def cut(self, flight: Flight, leg: SimulatedLeg) -> None:
         """Stop a granted leg at the end of the chunk under way."""
         if leg.sequence in self._by_sequence:
-            leg.was_cut = True
             self._cuts.append((flight, leg))
             if not self._loop.is_busy:
                 self._cut_now()
