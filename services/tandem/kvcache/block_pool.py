@@ -72,7 +72,8 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks obtainable now: free ones and cached ones."""
-        return self.num_blank + len(self._cached) - self.num_pinned
+        blank = self.num_blocks - self._num_touched + len(self._free)  # `num_blank`, written out
+        return blank + len(self._cached) - (self.num_pinned if self._pinned else 0)
 
     @property
     def num_pinned(self) -> int:
@@ -116,11 +117,12 @@ class BlockPool:
 
         Raises `OutOfBlocksError`, and then nothing has changed.
         """
-        if not self.can_allocate(n):
+        if n > len(self._free) and not self.can_allocate(n):
             raise OutOfBlocksError(f"{holder} asked for {n} blocks, {self.num_free} are obtainable")
         blocks = self._free[: -n - 1 : -1]  # as `_take`, so often, from the end
         del self._free[len(self._free) - len(blocks) :]
-        blocks += [self._take() for _ in range(n - len(blocks))]
+        if len(blocks) < n:
+            blocks += [self._take() for _ in range(n - len(blocks))]
         self._holders["request"].update(dict.fromkeys(blocks, frozenset((holder,))))
         return blocks
 
@@ -256,14 +258,17 @@ class BlockPool:
 
     def _release(self, owner: Owner, blocks: Sequence[int], holder: str) -> None:
         names = self._holders[owner]
-        for block in blocks:
-            if holder not in names.get(block, ()):
-                self._check_known(block)
-                raise IntegrityError(f"{owner} {holder} does not hold block {block}")
-        _refuse_repeats(blocks, f"{owner} {holder}")
         others = self._holders["transfer" if owner == "request" else "request"]
-        if not (others or self._hash_of) and set(map(names.get, blocks)) == {frozenset((holder,))}:
-            for block in blocks:  # nothing is shared, published or in flight: all at once
+        is_plain = not (others or self._hash_of)  # nothing is published or in flight
+        if not (is_plain and set(map(names.get, blocks)) == {frozenset((holder,))}):
+            is_plain = False
+            for block in blocks:
+                if holder not in names.get(block, ()):
+                    self._check_known(block)
+                    raise IntegrityError(f"{owner} {holder} does not hold block {block}")
+        _refuse_repeats(blocks, f"{owner} {holder}")
+        if is_plain:  # nor shared: all at once
+            for block in blocks:
                 del names[block]
             self._free.extend(reversed(blocks))
             return

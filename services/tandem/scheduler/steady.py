@@ -25,12 +25,16 @@ def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
     if scheduler.prompt_room is not None:  # lending learns from every iteration
         return 0
     steps = most
-    for chunk in plan.chunks:
-        sequence = chunk.sequence
-        if chunk.length != 1 or not chunk.samples:
+    for sequence, _, length, samples, _ in plan.chunks:
+        if length != 1 or not samples:
             return 0
-        steps = min(steps, sequence.request.max_len - sequence.num_tokens - 1)
-    while steps > 0 and _blocks_missing(scheduler, plan, steps) > scheduler.pool.num_free:
+        left = sequence.request.max_len - len(sequence.token_ids) - 1
+        if left < steps:
+            steps = left
+    num_free = scheduler.pool.num_free
+    if len(plan.chunks) * (steps // scheduler.pool.block_size + 1) <= num_free:
+        return max(steps, 0)  # however they lie, there are blocks enough
+    while steps > 0 and _blocks_missing(scheduler, plan, steps) > num_free:
         steps //= 2
     return max(steps, 0)
 
@@ -43,21 +47,22 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
     """
     pool, size = scheduler.pool, scheduler.pool.block_size
     filled: list[tuple[int, int, int]] = []
-    for place, chunk in enumerate(plan.chunks):
-        sequence, start = chunk.sequence, chunk.start
-        missing = -(-(start + 1 + steps) // size) - len(sequence.block_table)
+    drawn = [token_id] * steps
+    chunks = []
+    for place, (sequence, start, *_) in enumerate(plan.chunks):
+        end = start + steps
+        missing = end // size + 1 - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table.extend(pool.allocate(missing, holder_of(sequence)))
-        sequence.num_computed = start + steps
-        sequence.token_ids.extend([token_id] * steps)
+            sequence.block_table += pool.allocate(missing, holder_of(sequence))
+        sequence.num_computed = end
+        sequence.token_ids += drawn
+        chunks.append(ScheduledChunk(sequence, end, 1))
         if pool.prefix_cache:
-            blocks = range(start // size, (start + steps) // size)
+            blocks = range(start // size, end // size)
             filled += [((block + 1) * size - start, place, block) for block in blocks]
     for _, place, block in sorted(filled):  # in the order in which single steps fill them
         scheduler.publish(plan.chunks[place].sequence, block * size, (block + 1) * size)
-    return IterationPlan(
-        tuple(ScheduledChunk(chunk.sequence, chunk.start + steps, 1) for chunk in plan.chunks)
-    )
+    return IterationPlan(tuple(chunks))
 
 
 def _blocks_missing(scheduler: Scheduler, plan: IterationPlan, steps: int) -> int:

@@ -20,14 +20,16 @@ class Clock:
 
     def at(self, time: float, action: Action, *args: Any) -> None:
         """Run `action(*args)` at `time`, or at once if that has passed."""
-        heappush(self._events, (max(time, self.now), next(self._numbers), action, args))
+        when = time if time > self.now else self.now
+        heappush(self._events, (when, next(self._numbers), action, args))
 
     def after(self, seconds: float, action: Action, *args: Any) -> None:
-        """Run `action(*args)` so many seconds from now."""
-        self.at(self.now + seconds, action, *args)
+        """Run `action(*args)` so many seconds from now, 0 or more."""
+        heappush(self._events, (self.now + seconds, next(self._numbers), action, args))
 
     def run(self) -> None:
         """Run until nothing is left to happen."""
-        while self._events:
-            self.now, _, action, args = heappop(self._events)
+        events = self._events
+        while events:
+            self.now, _, action, args = heappop(events)
             action(*args)

@@ -18,6 +18,7 @@ from tandem.router.lending import (
     prompt_of,
     prompts_here,
 )
+from tandem.scheduler import Scheduler
 from tandem.scheduler.prompt_room import PromptRoom
 from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
@@ -44,6 +45,8 @@ class SimulatedDecode:
         self._clock = clock
         self._rpc_seconds = rpc_seconds
         self._lending = config.lending
+        self.hears_progress = config.lending.mode == "measured"
+        """Whether it matters here how far a prefill worker has come."""
         self._local_max = local_prefill_limit(config)
         self._gateway = gateway
         self._by_sequence: dict[Sequence, Flight] = {}
@@ -101,10 +104,13 @@ class SimulatedDecode:
             self._clock.after(self._rpc_seconds, target.prefill, flight, leg, False)
 
     def _sequence_of_leg(self, flight: Flight) -> Sequence:
-        sequence = Sequence(flight.request, flight.sequence.arrival)
-        sequence.token_ids = list(flight.sequence.token_ids)
-        sequence.block_hashes = list(flight.hashes)
-        return sequence
+        own = flight.sequence
+        return Sequence(
+            flight.request,
+            own.arrival,
+            token_ids=own.token_ids.copy(),
+            block_hashes=list(flight.hashes),
+        )
 
     def offered(self, flight: Flight, leg: SimulatedLeg) -> None:
         """The prefill worker could start soon: wait for blocks."""
@@ -125,18 +131,18 @@ class SimulatedDecode:
         """The prefill worker sampled."""
         leg.first_token_at = self._clock.now
         self._token(flight)
-        self._join(flight, leg)
-        self._loop.wake()
+        joined = self._join(flight, leg)
+        self._loop.wake(cuts=joined or flight.sequence.phase == "finished")
 
     def landed(self, flight: Flight, leg: SimulatedLeg) -> None:
         """All KV of a leg is in its blocks."""
         leg.has_landed = True
-        self._join(flight, leg)
-        self._loop.wake()
+        self._loop.wake(cuts=self._join(flight, leg))
 
-    def _join(self, flight: Flight, leg: SimulatedLeg) -> None:
+    def _join(self, flight: Flight, leg: SimulatedLeg) -> bool:
+        """Let a request decode that has both; until then it changes nothing for the others."""
         if not (leg.first_token_at and leg.has_landed):
-            return
+            return False
         self._end_leg(flight)
         self._loop.scheduler.preemption.prefilled(
             leg.num_tokens - leg.held_tokens, self._clock.now - leg.granted_at
@@ -146,6 +152,7 @@ class SimulatedDecode:
         if flight.sequence.phase == "receiving":
             self._loop.scheduler.landed(flight.sequence, leg.num_tokens)
             self._loop.scheduler.join(flight.sequence)
+        return True
 
     def _end_leg(self, flight: Flight) -> None:
         if flight.prefill is not None and flight.leg is not None:
@@ -321,6 +328,8 @@ class SimulatedDecode:
 
     def computed(self, plan: IterationPlan, began: float) -> None:
         """Count what was computed for the prefill pool."""
+        if not self.hears_progress:
+            return
         for chunk in plan.chunks:
             if chunk.length > 1:
                 self._news = True
@@ -331,8 +340,12 @@ class SimulatedDecode:
         """Without a prompt anywhere there is nothing to move."""
         self._news |= bool(self._legs or self._loop.scheduler.waiting)
 
-    def sampled(self, sequence: Sequence) -> None:
-        self._token(self._by_sequence[sequence])
+    def sampled(self, sequences: list[Sequence]) -> None:
+        scheduler, arrival = self._loop.scheduler, self._clock.now + self._rpc_seconds
+        for sequence in sequences:
+            flight = self._by_sequence[sequence]
+            scheduler.append(sequence, TOKEN)
+            self._emit(flight, scheduler, arrival)
 
     def repeated(self, plan: IterationPlan, ends: list[float]) -> None:
         flights = [self._by_sequence[chunk.sequence] for chunk in plan.chunks]
@@ -345,13 +358,19 @@ class SimulatedDecode:
                 self._gateway.token(flight, time)
 
     def _token(self, flight: Flight) -> None:
+        """A prefill worker drew a token."""
+        scheduler = self._loop.scheduler
+        scheduler.append(flight.sequence, TOKEN)
+        self._emit(flight, scheduler, self._clock.now + self._rpc_seconds)
+
+    def _emit(self, flight: Flight, scheduler: Scheduler, arrival: float) -> None:
+        """Send a token that its sequence has got; the last one ends it."""
         sequence = flight.sequence
-        self._loop.scheduler.append(sequence, TOKEN)
         if not flight.first_token_at:
             self._gateway.stage(flight, self.name, "first_token")
-        self._gateway.token(flight, self._clock.now + self._rpc_seconds)
-        if sequence.num_tokens >= flight.request.max_len:
-            self._loop.scheduler.finish(sequence, "length")
+        self._gateway.token(flight, arrival)
+        if len(sequence.token_ids) >= flight.request.max_len:
+            scheduler.finish(sequence, "length")
             del self._by_sequence[sequence]
             self._gateway.stage(flight, self.name, "finished")
             self._gateway.finished(flight)

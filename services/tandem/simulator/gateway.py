@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class SimulatedGateway:
             request_id=f"r{number}",
             token_ids=(number,) * traced.prompt_len,  # unlike any other where no hash says so
             prompt_len=traced.prompt_len,
-            sampling=SamplingParams(max_tokens=traced.output_len),
+            sampling=_sampling(traced.output_len),
             priority=traced.priority,
             tenant=traced.tenant,
             ttft_objective=traced.ttft_objective,
@@ -108,7 +109,7 @@ class SimulatedGateway:
 
     def tokens(self, flights: list[Flight], times: list[float]) -> None:
         """Each of them has got a token at each of these times; it had one before."""
-        report, last = self.report, times[-1]
+        report, first, last = self.report, times[0], times[-1]
         count = len(flights)
         report.output_tokens += count * len(times)
         longest = 0.0
@@ -116,10 +117,13 @@ class SimulatedGateway:
             gaps = [later - earlier for earlier, later in pairwise(times)]
             report.gaps.add_all(gaps, count)
             longest = max(gaps)
+        report.gaps.add_all([first - flight.last_token_at for flight in flights])
         for flight in flights:
-            gap = times[0] - flight.last_token_at
-            report.gaps.add(gap)
-            flight.longest_gap = max(flight.longest_gap, gap, longest)
+            gap = first - flight.last_token_at
+            if gap < longest:
+                gap = longest
+            if gap > flight.longest_gap:
+                flight.longest_gap = gap
             flight.last_token_at = last
 
     def finished(self, flight: Flight) -> None:
@@ -136,6 +140,12 @@ class SimulatedGateway:
         """A worker would not take it."""
         self._router.release(flight.request.request_id)
         self.report.refusals[type(error).__name__] += 1
+
+
+@cache
+def _sampling(max_tokens: int) -> SamplingParams:
+    """One object for all requests that are as long: making one costs more than finding it."""
+    return SamplingParams(max_tokens=max_tokens)
 
 
 def block_hashes(traced: TraceRequest, block_size: int) -> list[bytes]:

@@ -9,6 +9,7 @@ wakes the loop, which ends the leap with the iteration that is under way.
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import accumulate
 from typing import Protocol
 
 from tandem.core.sequence import IterationPlan, Sequence
@@ -47,7 +48,8 @@ class WorkerRole(Protocol):
     def computed(self, plan: IterationPlan, began: float) -> None:
         """Chunks are computed as of now; `advance` has been called."""
 
-    def sampled(self, sequence: Sequence) -> None: ...
+    def sampled(self, sequences: list[Sequence]) -> None:
+        """Each of them drew a token."""
 
     def restored(self, sequence: Sequence) -> None:
         """KV of an admitted sequence is back from host memory."""
@@ -114,11 +116,14 @@ class IterationLoop:
             self._settle()
         return self._scheduler
 
-    def wake(self) -> None:
+    def wake(self, *, cuts: bool = True) -> None:
         """Start an iteration, or let the one under way be the last of its leap: something has
-        changed."""
+        changed.
+
+        `cuts` False: nothing that the iterations of a leap depend on.
+        """
         if self._busy:
-            if len(self._ends) > 1:
+            if cuts and len(self._ends) > 1:
                 self._cut()
             return
         self._busy = True  # what happens while a plan is made is seen by the next round of it
@@ -130,7 +135,8 @@ class IterationLoop:
                 self._role.preempted(seq)
             for seq in plan.admitted:
                 self._role.admitted(seq)
-            self._start_copies(now)
+            if scheduler.host_tier is not None:
+                self._start_copies(now)
             self._role.planned()
         self._busy = bool(plan.chunks)
         if plan.chunks:
@@ -141,7 +147,7 @@ class IterationLoop:
 
     def _start_copies(self, now: float) -> None:
         """Copies between the tiers run one after the other, beside the iterations."""
-        for copy in self.scheduler.take_copies():
+        for copy in self._scheduler.take_copies():
             seconds = len(copy.host_blocks) * self._copy_seconds_per_block
             self._copies_end = max(now, self._copies_end) + seconds
             self._clock.at(self._copies_end, self._copied, copy, seconds)
@@ -163,17 +169,16 @@ class IterationLoop:
         self._plan, self.began, self._ends = plan, now, [end]
         if self._leaps and self._role.decodes and not work.prompt_tokens:
             steps = steady_steps(self._scheduler, plan, LONGEST_LEAP)
-            for seconds in self._time.ahead(steps, work):
-                end += seconds
-                self._ends.append(end)
-        self._clock.at(end, self._end, self._leap)
+            if steps:
+                self._ends = list(accumulate(self._time.ahead(steps, work), initial=end))
+        self._clock.at(self._ends[-1], self._end, self._leap)
 
     def _settle(self) -> None:
         """Do what has ended of a leap; the iteration that is under way now becomes its first."""
-        ends, role = self._ends, self._role
-        ended = min(bisect_right(ends, self._clock.now), len(ends) - 1)
-        if not ended:
+        ends, role, now = self._ends, self._role, self._clock.now
+        if ends[0] > now:
             return
+        ended = min(bisect_right(ends, now), len(ends) - 1)
         plan, over = self._plan, ends[:ended]
         self._plan = repeat(self._scheduler, plan, ended, TOKEN)
         self._time.took(ended)
@@ -209,7 +214,6 @@ class IterationLoop:
             scheduler.measured(plan, seconds)
         scheduler.advance(plan)
         self._role.computed(plan, began)
-        for seq in samplers:
-            self._role.sampled(seq)
+        self._role.sampled(samplers)
         self._role.ended()
         self.wake()

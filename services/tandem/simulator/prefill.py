@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import OverloadedError
 from tandem.core.sequence import IterationPlan, Sequence
-from tandem.router.lending import PromptWork, WorkerLoad, load_of
+from tandem.router.lending import NO_PROMPTS, PromptWork, WorkerLoad, load_of
 from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.iterations import IterationLoop
@@ -45,6 +45,7 @@ class SimulatedPrefill:
         self._ahead_limit = _ITERATIONS_OFFERED_AHEAD * config.max_batch_tokens
         self._by_sequence: dict[Sequence, tuple[Flight, SimulatedLeg]] = {}
         self._queued: dict[SimulatedDecode, dict[Sequence, None]] = defaultdict(dict)
+        self._num_queued = 0
         self._ahead: dict[SimulatedDecode, int] = defaultdict(int)
         """Tokens offered to each decode worker and not started."""
         self._pending: dict[SimulatedDecode, PromptWork] = defaultdict(PromptWork)
@@ -74,6 +75,7 @@ class SimulatedPrefill:
             self.grant(flight, leg)
         else:
             self._queued[flight.decode][leg.sequence] = None
+            self._num_queued += 1
             self._loop.wake()
 
     def grant(self, flight: Flight, leg: SimulatedLeg) -> None:
@@ -160,6 +162,7 @@ class SimulatedPrefill:
         self._count(flight, max(leg.done, leg.held_tokens), leg.num_tokens, -1)
         if sequence in self._queued[flight.decode]:
             del self._queued[flight.decode][sequence]
+            self._num_queued -= 1
         elif sequence.phase == "waiting":
             self._ahead[flight.decode] -= leg.num_tokens
         self._loop.scheduler.finish(sequence, None)
@@ -167,16 +170,19 @@ class SimulatedPrefill:
 
     def _count(self, flight: Flight, start: int, end: int, sign: int) -> None:
         """Add to, or take from, what is left to compute for a decode worker."""
-        tokens, attended = PromptWork().plus(start, end)
-        before = self._pending[flight.decode]
-        self._pending[flight.decode] = PromptWork(
-            before.tokens + sign * tokens, before.attended + sign * attended
-        )
+        if flight.decode.hears_progress:
+            tokens, attended = NO_PROMPTS.plus(start, end)
+            before = self._pending[flight.decode]
+            self._pending[flight.decode] = PromptWork(
+                before.tokens + sign * tokens, before.attended + sign * attended
+            )
 
     # ------------------------------------------------------------------ around an iteration
 
     def before_plan(self) -> None:
         """Offer each decode worker its next legs, enough to keep this worker busy."""
+        if not self._num_queued:  # there may be hundreds of decode workers
+            return
         line = self._loop.scheduler.policy.line
         for decode, queued in self._queued.items():
             if not queued or self._ahead[decode] >= self._ahead_limit:
@@ -188,6 +194,7 @@ class SimulatedPrefill:
                 flight, leg = self._by_sequence[sequence]
                 self._ahead[decode] += leg.num_tokens
                 del queued[sequence]
+                self._num_queued -= 1
                 self._clock.after(self._rpc_seconds, decode.offered, flight, leg)
 
     def admitted(self, sequence: Sequence) -> None:
@@ -226,7 +233,8 @@ class SimulatedPrefill:
             leg.done = end
             if leg.is_kept:
                 continue
-            self._clock.after(self._rpc_seconds, flight.decode.progressed, leg, chunk.end)
+            if flight.decode.hears_progress:
+                self._clock.after(self._rpc_seconds, flight.decode.progressed, leg, chunk.end)
             num_tokens = chunk.end - max(chunk.start, leg.held_tokens)
             if num_tokens <= 0:
                 continue
@@ -247,16 +255,17 @@ class SimulatedPrefill:
         self._cut_now()
         self._hand_over_now()
 
-    def sampled(self, sequence: Sequence) -> None:
+    def sampled(self, sequences: list[Sequence]) -> None:
         """The last chunk is computed: the first token goes, and the leg is over here."""
-        flight, leg = self._by_sequence[sequence]
-        if leg.is_kept:
-            self._kept_token(flight, leg)
-            return
-        del self._by_sequence[sequence]
-        self._loop.scheduler.finish(sequence, None)
-        self._clock.after(self._rpc_seconds, flight.decode.first_token, flight, leg)
-        self._clock.at(leg.landed_at, flight.decode.landed, flight, leg)
+        for sequence in sequences:
+            flight, leg = self._by_sequence[sequence]
+            if leg.is_kept:
+                self._kept_token(flight, leg)
+                continue
+            del self._by_sequence[sequence]
+            self._loop.scheduler.finish(sequence, None)
+            self._clock.after(self._rpc_seconds, flight.decode.first_token, flight, leg)
+            self._clock.at(leg.landed_at, flight.decode.landed, flight, leg)
 
     def repeated(self, plan: IterationPlan, ends: list[float]) -> None:
         """Never: a sequence leaves with its first token."""

@@ -69,7 +69,8 @@ class PoolUse:
         self.tokens += tokens
         used = pool.num_used / pool.num_blocks
         self.used_block_seconds += used * seconds
-        self.most_used = max(self.most_used, used)
+        if used > self.most_used:
+            self.most_used = used
 
     def summary(self, seconds: float) -> dict[str, float]:
         """Shares in [0, 1]; blocks as of busy time."""
