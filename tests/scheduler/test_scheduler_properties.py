@@ -74,7 +74,6 @@ class Worker:
     finished: list[Sequence] = field(default_factory=list)
     copies: list[tuple[int, BlockCopy]] = field(default_factory=list)  # and when they end
     in_host: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-    resumed: dict[Sequence, dict[Sequence, int]] = field(default_factory=dict)
     now: int = 0
 
     def submit(self, arrival: int, details: Arrival) -> None:
@@ -109,9 +108,6 @@ class Worker:
         keep = int(self.ahead and bool(plan.chunks) and not self.scheduler.must_settle)
         while len(self.under_way) > keep:
             self.settle(self.under_way.pop(0))
-        for seq in plan.admitted:
-            if seq.was_preempted:
-                self.resumed[seq] = {s: s.num_computed for s in self.details}
         for seq in plan.preempted:
             seq.remote = self.details[seq].remote and seq.arrival % 2 == 0
             self.scheduler.add(seq)

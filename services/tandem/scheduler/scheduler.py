@@ -9,9 +9,12 @@ blocks is overtaken by nobody behind it in the policy's line; a request that pas
 always finish alone, so that preempting the last by `precedence` never ends in a deadlock; blocks
 that an iteration under way writes are held until it has ended.
 
-Nobody is preempted by one that comes after it by `precedence`, which never changes: two sequences
-never take turns. One that was preempted comes back only when there is a block for every sequence
-that runs, itself included: before it can be preempted again, a sequence has filled a block.
+Nobody is preempted by one that comes after it by `precedence`, which never changes: if one gave way
+to another, the other never gives way to it. One that was preempted comes back only when there is a
+block for every sequence that runs, itself included: before it is preempted again, some sequence has
+drawn a block's worth of tokens, or another was admitted for the first time. So of n requests that
+draw t tokens in all, each is preempted 1 + n + t / block_size times at most. Blocks that are pinned
+for a copy to host memory may be missing meanwhile, and are not counted in this.
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ class Policy(ABC):
         """Who keeps blocks when they are short: the greatest is preempted first.
 
         Must not change while a sequence lives: then the first one always finishes, and two
-        sequences never take turns in evicting each other.
+        sequences never take turns in evicting each other. How much is computed between two
+        preemptions of one sequence: see `scheduler.scheduler`.
         """
         return seq.order
 
