@@ -35,7 +35,7 @@ async def test_a_new_request_waits_for_a_worker(cluster, make_request, tools) ->
 
 async def test_a_new_request_does_not_wait_for_ever(cluster, make_request) -> None:
     dispatcher = await cluster.start(decode=0, no_worker_timeout=0.2)
-    with pytest.raises(UnavailableError, match="no decode worker was ready within 0.2 s"):
+    with pytest.raises(UnavailableError, match="no decode worker was ready within"):
         await anext(dispatcher.generate(make_request()))
     assert dispatcher.in_flight == 0
 
