@@ -90,7 +90,8 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         """Blocks that a request or a transfer holds, pinned ones included."""
-        return self.num_blocks - self.num_free
+        used = self._num_touched - len(self._free) - len(self._cached)
+        return used + self.num_pinned if self._pinned else used
 
     @property
     def num_cached(self) -> int:
