@@ -397,7 +397,7 @@ class _WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Adopt(  # noqa: N802
         self, request: worker_pb2.AdoptRequest, context: object
     ) -> worker_pb2.AdoptResponse:
-        await self._in_engine_thread(self._runtime.adopt, request.incarnation)
+        await self._runtime.loop.call(self._runtime.adopt, request.incarnation)
         return worker_pb2.AdoptResponse(incarnation=self._runtime.incarnation)
 
     async def CheckIntegrity(  # noqa: N802
@@ -413,21 +413,8 @@ class _WorkerService(worker_pb2_grpc.WorkerServicer):
             except IntegrityError as error:
                 violations.extend(error.message.splitlines())
 
-        await self._in_engine_thread(check)
+        await self._runtime.loop.call(check)
         return worker_pb2.CheckIntegrityResponse(violations=violations)
-
-    async def _in_engine_thread(self, function: Callable[..., None], *args: object) -> None:
-        loop = asyncio.get_running_loop()
-        done = asyncio.Event()
-
-        def call() -> None:
-            try:
-                function(*args)
-            finally:
-                loop.call_soon_threadsafe(done.set)
-
-        self._runtime.loop.post(call)
-        await done.wait()
 
 
 class _Rate:
