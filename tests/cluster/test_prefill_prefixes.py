@@ -44,7 +44,8 @@ class Gateway:
     def believes(self, worker: str, prompt: list[int]) -> int:
         """Tokens of the prompt that a prefill worker should have cached."""
         pool = self._dispatcher._routing._router._prefill
-        return pool.cached_tokens(pool.get(worker), keys_of(chain_hashes(prompt, BLOCK)))
+        keys = keys_of(chain_hashes(prompt, BLOCK))
+        return BLOCK * int(pool._prefixes.match(pool.get(worker).number, keys))
 
     async def learns(self, worker: str, prompt: list[int], tokens: int) -> None:
         async with asyncio.timeout(20):
