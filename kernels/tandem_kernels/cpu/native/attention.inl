@@ -5,6 +5,7 @@ template <class T>
 struct Workbench {
   static constexpr int64_t kUnits = kTileKeys / kPerUnit<T>;  // of the keys of a tile
   TileRows<T> rows[2];  // of this tile and of the next
+  Lookahead ahead;      // to the next
   uint32_t* keys;     // [4][head units][32]
   uint32_t* values;   // [columns / 32][kUnits][32], for chunks
   uint32_t* query;    // [head units][rows of group]
@@ -90,14 +91,14 @@ static void gather_query(const Attention& a, const AttentionShape& shape, const 
 template <class T, class Rows>
 static void score_group(const Attention& a, const AttentionShape& shape, const Unit& unit,
                         int64_t tile, const TileRows<T>& tile_rows, int64_t first, int64_t rows,
-                        const Workbench<T>& bench, float* maxima, float* sums) {
+                        Workbench<T>& bench, float* maxima, float* sums) {
   const TandemBatch& batch = *a.batch;
   const int64_t chunk = batch.query_starts[unit.sequence + 1] - batch.query_starts[unit.sequence];
   const int64_t position_of_row = batch.context_lens[unit.sequence] - chunk + unit.first_row;
   for (int64_t panel = 0; panel * kPanel < tile_rows.used; ++panel) {
     run_tile<T, Rows>(rows, bench.query, bench.keys + panel * kPanel * shape.head_units,
                       shape.head_units, bench.scores + panel * kMaxRows * kPanel,
-                      reinterpret_cast<const void* const*>(tile_rows.values) + panel * kPanel);
+                      Rows::kLooksAhead ? bench.ahead.take(shape.head_units) : nullptr);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t position = position_of_row + (first + r) / shape.shared;
@@ -109,12 +110,11 @@ static void score_group(const Attention& a, const AttentionShape& shape, const U
   }
 }
 
-// Few queries and one tile: keys through the first-level cache, values where they are. Each is
-// asked for while the other is worked on. `fresh`: the queries are not those of the tile before.
+// Few queries and one tile: keys through the first-level cache, values where they are. The tile
+// after it is asked for meanwhile. `fresh`: the queries are not those of the tile before.
 template <class T>
 static void attend_tile(const Attention& a, const AttentionShape& shape, const Unit& unit,
-                        const TileRows<T>& rows, const TileRows<T>* next, bool fresh,
-                        const Workbench<T>& bench, float* partials) {
+                        const TileRows<T>& rows, bool fresh, Workbench<T>& bench, float* partials) {
   for (int64_t first = 0; first < rows.used; first += kPanel) {
     pack_keys(reinterpret_cast<const uint32_t* const*>(rows.keys + first), shape.head_units,
               bench.keys + first * shape.head_units);
@@ -122,13 +122,13 @@ static void attend_tile(const Attention& a, const AttentionShape& shape, const U
   const int64_t units = (rows.used + kPerUnit<T> - 1) / kPerUnit<T>;
   const int64_t size = Workbench<T>::partial_size(shape.columns);
   const Groups groups(unit.num_rows * shape.shared, kMaxRows);
-  const T* const* ahead = next != nullptr && next->padded >= rows.padded ? next->keys : rows.values;
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t first = groups.start(group), count = groups.size(group);
     float maxima[kMaxRows], sums[kMaxRows];
     if (fresh || groups.count > 1) gather_query<T>(a, shape, unit, first, count, bench.query);
-    score_group<T, FetchingRows>(a, shape, unit, unit.first_tile, rows, first, count, bench, maxima, sums);
+    score_group<T, FetchingLines>(a, shape, unit, unit.first_tile, rows, first, count, bench, maxima, sums);
     for (int64_t column = 0; column < a.head_dim; column += kPanel) {
+      const void* const* ahead = bench.ahead.take(units);
       with_rows(count, [&](auto constant) {
         ValueTile<T, constant.value>::run(bench.weights, rows.values, ahead, units, column,
                                           least_of(kPanel, a.head_dim - column),
@@ -140,6 +140,7 @@ static void attend_tile(const Attention& a, const AttentionShape& shape, const U
                   bench.found + r * kPanel, kMaxRows * kPanel, shape.columns);
     }
   }
+  bench.ahead.finish();
 }
 
 static inline int64_t keys_end(const Attention& a, const Unit& unit) {
@@ -148,20 +149,52 @@ static inline int64_t keys_end(const Attention& a, const Unit& unit) {
   return batch.context_lens[unit.sequence] - chunk + unit.first_row + unit.num_rows;
 }
 
-// A run of units of few queries. While one is worked on, the next one's rows are on their way.
-template <class T>
-static void attend_run(const Attention& a, const AttentionShape& shape, const Unit* units,
-                       int64_t count, Workbench<T>& bench, float* partials) {
-  find_rows(a, units[0], units[0].first_tile, keys_end(a, units[0]), bench.rows[0]);
-  prefetch_rows(bench.rows[0].keys, 0, bench.rows[0].used, a.head_dim);
-  for (int64_t i = 0; i < count; ++i) {
-    TileRows<T>* next = i + 1 < count ? &bench.rows[(i + 1) % 2] : nullptr;
-    if (next != nullptr) {
-      find_rows(a, units[i + 1], units[i + 1].first_tile, keys_end(a, units[i + 1]), *next);
+// The units of few queries that one thread works on: run after run, as they are handed out.
+struct Runs {
+  Member& member;
+  const UnitList& list;
+  int64_t first_task;  // the number of the first run among the tasks
+  int64_t at, end;     // of the run in hand
+
+  void take(int64_t task) {
+    at = (task - first_task) * list.run;
+    end = least_of(at + list.run, list.split_units);
+  }
+  // The next unit, or -1.
+  int64_t next() {
+    if (at >= end) {
+      const int64_t task = member.next();
+      if (task < 0) return -1;
+      take(task);
     }
-    const bool fresh = i == 0 || units[i].sequence != units[i - 1].sequence ||
-                       units[i].kv_head != units[i - 1].kv_head;
-    attend_tile<T>(a, shape, units[i], bench.rows[i % 2], next, fresh, bench, partials);
+    return at++;
+  }
+};
+
+// All units of few queries that the thread gets. While one is worked on, the next is on its way.
+template <class T>
+static void attend_runs(const Attention& a, const AttentionShape& shape, const Unit* units,
+                        Runs& runs, Workbench<T>& bench, float* partials) {
+  const int64_t width = a.head_dim * static_cast<int64_t>(sizeof(T));
+  const Unit* before = nullptr;
+  int64_t i = runs.next();
+  find_rows(a, units[i], units[i].first_tile, keys_end(a, units[i]), bench.rows[0]);
+  bench.ahead.set(bench.rows[0], width);
+  bench.ahead.finish();
+  for (int side = 0; i >= 0; side = 1 - side) {
+    const Unit& unit = units[i];
+    const bool ends_run = runs.at == runs.end;
+    i = runs.next();
+    bench.ahead.clear();
+    if (i >= 0) {
+      find_rows(a, units[i], units[i].first_tile, keys_end(a, units[i]), bench.rows[1 - side]);
+      bench.ahead.set(bench.rows[1 - side], width);
+    }
+    const bool fresh = before == nullptr || unit.sequence != before->sequence ||
+                       unit.kv_head != before->kv_head;
+    attend_tile<T>(a, shape, unit, bench.rows[side], fresh, bench, partials);
+    before = &unit;
+    if (ends_run) runs.member.completed(1);
   }
 }
 
@@ -233,43 +266,63 @@ static int64_t bench_floats(const Attention& a, const AttentionShape& shape) {
   return Workbench<T>::floats(shape, chunk_rows(a) * shape.shared);
 }
 
-// Make room for a batch and list its units. One thread, before `attention_phase`.
+// The units of all layers that have one window.
+struct WindowUnits {
+  int64_t window;
+  UnitList list;
+  int64_t first_unit, first_merge;  // where its part of the scratch memory begins
+};
+
+// Make room for a batch and list its units for each of some windows. One thread, before a region:
+// nothing is changed while threads may look at it.
 template <class T>
-static UnitList prepare_attention(Scratch& scratch, const Attention& a, int threads) {
+static void prepare_attention(Scratch& scratch, Attention a, int threads, WindowUnits* windows,
+                              int64_t count) {
   const AttentionShape shape = shape_of<T>(a);
-  const UnitList list = list_units(a, threads, nullptr, nullptr);
-  scratch.units.reserve((list.units + 1) * static_cast<int64_t>(sizeof(Unit)));
-  scratch.merges.reserve((list.merges + 1) * static_cast<int64_t>(sizeof(Merge)));
-  scratch.partials.reserve((list.partials * Workbench<T>::partial_size(shape.columns) + 1) * 4);
+  int64_t units = 0, merges = 0, partials = 0;
+  for (WindowUnits* each = windows; each < windows + count; ++each) {
+    a.window = each->window;
+    each->list = list_units(a, threads, nullptr, nullptr);
+    each->first_unit = units;
+    each->first_merge = merges;
+    units += each->list.units;
+    merges += each->list.merges;
+    partials = most_of(partials, each->list.partials);
+  }
+  scratch.units.reserve((units + 1) * static_cast<int64_t>(sizeof(Unit)));
+  scratch.merges.reserve((merges + 1) * static_cast<int64_t>(sizeof(Merge)));
+  scratch.partials.reserve((partials * Workbench<T>::partial_size(shape.columns) + 1) * 4);
   scratch.per_thread.reserve(threads * bench_floats<T>(a, shape) * 4);
-  return list_units(a, threads, scratch.units.as<Unit>(), scratch.merges.as<Merge>());
+  for (const WindowUnits* each = windows; each < windows + count; ++each) {
+    a.window = each->window;
+    list_units(a, threads, scratch.units.as<Unit>() + each->first_unit,
+               scratch.merges.as<Merge>() + each->first_merge);
+  }
 }
 
-// All threads; ends with a barrier.
+// All threads, in phases.
 template <class T>
-static void attention_phase(Member& member, Scratch& scratch, const Attention& a, UnitList list) {
+static void attention_phase(Member& member, Scratch& scratch, const Attention& a,
+                            const WindowUnits& work) {
   const AttentionShape shape = shape_of<T>(a);
-  const Unit* units = scratch.units.as<Unit>();
+  const UnitList& list = work.list;
+  const Unit* units = scratch.units.as<Unit>() + work.first_unit;
   float* partials = scratch.partials.as<float>();
   Workbench<T> bench(scratch.per_thread.as<float>() + member.index() * bench_floats<T>(a, shape),
                      shape);
   const int64_t chunks = list.units - list.split_units;
-  const int64_t runs = (list.split_units + list.run - 1) / list.run;
-  member.open();
-  for (int64_t i; (i = member.next()) < chunks + runs;) {
-    if (i < chunks) {
-      attend_chunk<T>(a, shape, units[list.split_units + i], bench);
+  member.begin(chunks + (list.split_units + list.run - 1) / list.run);
+  for (int64_t task; (task = member.next()) >= 0;) {
+    if (task < chunks) {
+      attend_chunk<T>(a, shape, units[list.split_units + task], bench);
+      member.completed(1);
     } else {
-      const int64_t from = (i - chunks) * list.run;
-      attend_run<T>(a, shape, units + from, least_of(list.run, list.split_units - from), bench,
-                    partials);
+      Runs runs{member, list, chunks, 0, 0};
+      runs.take(task);
+      attend_runs<T>(a, shape, units, runs, bench, partials);
     }
   }
-  member.barrier();
-  if (list.merges == 0) return;
-  member.open();
-  for (int64_t i; (i = member.next()) < list.merges;) {
-    merge_tiles<T>(a, shape, scratch.merges.as<Merge>()[i], partials);
-  }
-  member.barrier();
+  member.end();
+  const Merge* merges = scratch.merges.as<Merge>() + work.first_merge;
+  member.phase(list.merges, [&](int64_t i) { merge_tiles<T>(a, shape, merges[i], partials); });
 }

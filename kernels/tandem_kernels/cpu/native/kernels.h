@@ -68,8 +68,9 @@ struct Scratch {
   Buffer seen;       // T [tokens, heads * head_dim]
   Buffer inner;      // T [tokens, inner]
   Buffer packed;     // the input of a linear layer, in groups of rows
-  Buffer units;      // the work list of attention
-  Buffer merges;     // the list of what is merged after it
+  Buffer windows;    // the different windows of the layers, and where in the two below theirs is
+  Buffer units;      // the work lists of attention
+  Buffer merges;     // the lists of what is merged after it
   Buffer partials;   // what attention found in each tile of keys
   Buffer gathered;   // rows that the last layer keeps
   Buffer per_thread;

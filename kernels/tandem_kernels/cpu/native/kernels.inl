@@ -24,6 +24,7 @@ constexpr int kMaxRows = TANDEM_MAX_ROWS;
 
 #include "attention_units.inl"
 #include "attention_tiles.inl"
+#include "attention_lookahead.inl"
 #include "attention_partials.inl"
 #include "attention.inl"
 #include "layers.inl"
@@ -123,7 +124,7 @@ void rotary_kv_write(Team& team, const TandemModel& model, const TandemLayer& la
 struct AttentionCall {
   Scratch& scratch;
   const Attention& attention;
-  UnitList units;
+  WindowUnits units;
 };
 
 template <class T>
@@ -134,7 +135,8 @@ void attention_region(Member& member, void* argument) {
 
 template <class T>
 void run_attention(Team& team, Scratch& scratch, const Attention& attention) {
-  AttentionCall call{scratch, attention, prepare_attention<T>(scratch, attention, team.size())};
+  AttentionCall call{scratch, attention, {attention.window, {}, 0, 0}};
+  prepare_attention<T>(scratch, attention, team.size(), &call.units, 1);
   team.run(attention_region<T>, &call);
 }
 

@@ -1,5 +1,16 @@
 // What lies between the linear layers and attention: norms, rotary embedding and the KV write.
 
+// Runs `each(row)` for all rows, a few of them per task. All threads; one phase.
+template <class Each>
+static void row_phase(Member& member, int64_t rows, Each&& each) {
+  constexpr int64_t kTasksPerThread = 4;
+  const int64_t step = (rows + kTasksPerThread * member.size() - 1) / (kTasksPerThread * member.size());
+  member.phase(step == 0 ? 0 : (rows + step - 1) / step, [&](int64_t task) {
+    const int64_t end = (task + 1) * step < rows ? (task + 1) * step : rows;
+    for (int64_t row = task * step; row < end; ++row) each(row);
+  });
+}
+
 // out = weight * x / rms(x), row by row. The normed value is rounded to T once, with its weight.
 template <class T>
 static void norm_row(const float* x, const T* weight, int64_t width, float eps, T* out) {
@@ -15,14 +26,13 @@ static void norm_row(const float* x, const T* weight, int64_t width, float eps, 
   for (c = 0; c < width; ++c) narrow(x[c] * factor * widen(weight[c]), out + c);
 }
 
-// All threads; ends with a barrier.
+// All threads; one phase.
 template <class T>
 static void norm_phase(Member& member, const float* x, const void* weight, int64_t rows,
                        int64_t width, float eps, T* out) {
-  for (int64_t row = member.index(); row < rows; row += member.size()) {
+  row_phase(member, rows, [&](int64_t row) {
     norm_row(x + row * width, static_cast<const T*>(weight), width, eps, out + row * width);
-  }
-  member.barrier();
+  });
 }
 
 // Rotate one head, element i of its first half with element i of its second.
@@ -44,7 +54,7 @@ static void norm_head(float* x, const T* weight, int64_t width, float eps) {
   for (int64_t i = 0; i < width; ++i) x[i] = x[i] * factor * widen(weight[i]);
 }
 
-// Queries go to `query`; keys and values to their slots. All threads; ends with a barrier.
+// Queries go to `query`; keys and values to their slots. All threads; one phase.
 template <class T>
 static void rotary_kv_phase(Member& member, const TandemModel& model, const TandemLayer& layer,
                             const TandemBatch& batch, const float* projected, T* query, T* keys,
@@ -53,7 +63,7 @@ static void rotary_kv_phase(Member& member, const TandemModel& model, const Tand
   const int64_t heads = model.heads, kv_heads = model.kv_heads;
   constexpr int64_t kMostHalf = TANDEM_MOST_HEAD_DIM / 2;
   float cosines[kMostHalf], sines[kMostHalf], head[2 * kMostHalf];
-  for (int64_t row = member.index(); row < batch.num_tokens; row += member.size()) {
+  row_phase(member, batch.num_tokens, [&](int64_t row) {
     const float* x = projected + row * (heads + 2 * kv_heads) * width;
     const float position = static_cast<float>(batch.positions[row]);
     for (int64_t i = 0; i < half; ++i) {
@@ -76,6 +86,5 @@ static void rotary_kv_phase(Member& member, const TandemModel& model, const Tand
     const float* from = x + (heads + kv_heads) * width;
     T* value_out = values + batch.slots[row] * kv_heads * width;
     for (int64_t i = 0; i < kv_heads * width; ++i) narrow(from[i], value_out + i);
-  }
-  member.barrier();
+  });
 }
