@@ -8,7 +8,7 @@ struct Workbench {
   Lookahead ahead;      // to the next
   uint32_t* keys;     // [4][head units][32]
   uint32_t* values;   // [columns / 32][kUnits][32], for chunks
-  uint32_t* query;    // [head units][rows of group]
+  uint32_t* query;    // [head units][rows of group], for chunks group after group
   uint32_t* weights;  // [kMaxRows][kUnits]
   float* scores;      // [4][kMaxRows][32]
   float* found;       // [columns / 32][kMaxRows][32]
@@ -16,14 +16,15 @@ struct Workbench {
 
   static int64_t floats(const AttentionShape& shape, int64_t rows) {
     return kTileKeys * shape.head_units + kUnits * shape.columns +
-           kMaxRows * (shape.head_units + kUnits + kTileKeys + shape.columns) +
-           rows * partial_size(shape.columns) + 64;
+           most_of(kMaxRows, rows) * shape.head_units +
+           kMaxRows * (kUnits + kTileKeys + shape.columns) + rows * partial_size(shape.columns) + 64;
   }
-  Workbench(float* memory, const AttentionShape& shape) {
+  // `rows`: the most of a chunk.
+  Workbench(float* memory, const AttentionShape& shape, int64_t rows) {
     keys = reinterpret_cast<uint32_t*>(memory);
     values = keys + kTileKeys * shape.head_units;
     query = values + kUnits * shape.columns;
-    weights = query + kMaxRows * shape.head_units;
+    weights = query + most_of(kMaxRows, rows) * shape.head_units;
     scores = reinterpret_cast<float*>(weights + kMaxRows * kUnits);
     found = scores + kMaxRows * kTileKeys;
     merged = found + kMaxRows * shape.columns;
@@ -91,12 +92,12 @@ static void gather_query(const Attention& a, const AttentionShape& shape, const 
 template <class T, class Rows>
 static void score_group(const Attention& a, const AttentionShape& shape, const Unit& unit,
                         int64_t tile, const TileRows<T>& tile_rows, int64_t first, int64_t rows,
-                        Workbench<T>& bench, float* maxima, float* sums) {
+                        const uint32_t* query, Workbench<T>& bench, float* maxima, float* sums) {
   const TandemBatch& batch = *a.batch;
   const int64_t chunk = batch.query_starts[unit.sequence + 1] - batch.query_starts[unit.sequence];
   const int64_t position_of_row = batch.context_lens[unit.sequence] - chunk + unit.first_row;
   for (int64_t panel = 0; panel * kPanel < tile_rows.used; ++panel) {
-    run_tile<T, Rows>(rows, bench.query, bench.keys + panel * kPanel * shape.head_units,
+    run_tile<T, Rows>(rows, query, bench.keys + panel * kPanel * shape.head_units,
                       shape.head_units, bench.scores + panel * kMaxRows * kPanel,
                       Rows::kLooksAhead ? bench.ahead.take(shape.head_units) : nullptr);
   }
@@ -126,7 +127,8 @@ static void attend_tile(const Attention& a, const AttentionShape& shape, const U
     const int64_t first = groups.start(group), count = groups.size(group);
     float maxima[kMaxRows], sums[kMaxRows];
     if (fresh || groups.count > 1) gather_query<T>(a, shape, unit, first, count, bench.query);
-    score_group<T, FetchingLines>(a, shape, unit, unit.first_tile, rows, first, count, bench, maxima, sums);
+    score_group<T, FetchingLines>(a, shape, unit, unit.first_tile, rows, first, count, bench.query,
+                                  bench, maxima, sums);
     for (int64_t column = 0; column < a.head_dim; column += kPanel) {
       const void* const* ahead = bench.ahead.take(units);
       with_rows(count, [&](auto constant) {
@@ -211,6 +213,10 @@ static void attend_chunk(const Attention& a, const AttentionShape& shape, const 
     at[0] = -__builtin_inff();
   }
   const Groups groups(rows, kMaxRows);
+  for (int64_t group = 0; group < groups.count; ++group) {
+    const int64_t first = groups.start(group);
+    gather_query<T>(a, shape, unit, first, groups.size(group), bench.query + first * shape.head_units);
+  }
   for (int64_t tile = unit.first_tile; tile < unit.first_tile + unit.num_tiles; ++tile) {
     find_rows(a, unit, tile, keys_end(a, unit), tile_rows);
     prefetch_rows(tile_rows.keys, 0, tile_rows.used, a.head_dim);
@@ -224,8 +230,8 @@ static void attend_chunk(const Attention& a, const AttentionShape& shape, const 
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t first = groups.start(group), count = groups.size(group);
       float maxima[kMaxRows], sums[kMaxRows];
-      gather_query<T>(a, shape, unit, first, count, bench.query);
-      score_group<T, FromCache>(a, shape, unit, tile, tile_rows, first, count, bench, maxima, sums);
+      score_group<T, FromCache>(a, shape, unit, tile, tile_rows, first, count,
+                                bench.query + first * shape.head_units, bench, maxima, sums);
       for (int64_t panel = 0; panel < shape.columns / kPanel; ++panel) {
         run_tile<T, RowsApart<kUnits>>(count, bench.weights, bench.values + panel * kUnits * kPanel,
                                    units, bench.found + panel * kMaxRows * kPanel);
@@ -309,7 +315,7 @@ static void attention_phase(Member& member, Scratch& scratch, const Attention& a
   const Unit* units = scratch.units.as<Unit>() + work.first_unit;
   float* partials = scratch.partials.as<float>();
   Workbench<T> bench(scratch.per_thread.as<float>() + member.index() * bench_floats<T>(a, shape),
-                     shape);
+                     shape, chunk_rows(a) * shape.shared);
   const int64_t chunks = list.units - list.split_units;
   member.begin(chunks + (list.split_units + list.run - 1) / list.run);
   for (int64_t task; (task = member.next()) >= 0;) {

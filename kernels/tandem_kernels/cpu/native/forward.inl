@@ -48,7 +48,7 @@ static void layer_phases(Member& member, const ForwardState<T>& state, int64_t i
 
   norm_phase<T>(member, residual, layer.attention_norm, rows, model.hidden, eps, normed);
   linear_phase<T, false>(member, scratch, layer.qkv, normed, rows, scratch.projected.as<float>());
-  rotary_kv_phase<T>(member, model, layer, *f.batch, scratch.projected.as<float>(),
+  rotary_kv_phase<T>(member, model, layer, *f.batch, scratch.angles.as<float>(), scratch.projected.as<float>(),
                      scratch.query.as<T>(), keys, keys + cache_layer);
   const bool last = index == model.num_layers - 1;
   if (last && f.num_wanted == 0) return;
@@ -76,6 +76,7 @@ template <class T>
 static void forward_region(Member& member, void* argument) {
   const ForwardState<T>& state = *static_cast<const ForwardState<T>*>(argument);
   const Forward& f = state.f;
+  angle_phase(member, *f.model, *f.batch, state.scratch.angles.template as<float>());
   if (f.first_layer == 0) {
     float* residual = state.scratch.residual.template as<float>();
     row_phase(member, f.batch->num_tokens, [&](int64_t row) {
@@ -96,6 +97,7 @@ static void run_forward(Team& team, Scratch& scratch, const Forward& f) {
   if (attended > widest) widest = attended;
   if (f.first_layer == 0) scratch.residual.reserve(rows * m.hidden * 4);
   scratch.normed.reserve(rows * m.hidden * size);
+  scratch.angles.reserve(rows * m.head_dim * 4);
   scratch.projected.reserve(rows * (m.heads + 2 * m.kv_heads) * m.head_dim * 4);
   scratch.query.reserve(rows * attended * size);
   scratch.seen.reserve(rows * attended * size);

@@ -63,6 +63,7 @@ class Buffer {
 struct Scratch {
   Buffer residual;   // float32 [tokens, hidden]
   Buffer normed;     // T [tokens, hidden]
+  Buffer angles;     // float32 [tokens, head_dim]
   Buffer projected;  // float32 [tokens, qkv outputs]
   Buffer query;      // T [tokens, heads * head_dim]
   Buffer seen;       // T [tokens, heads * head_dim]
@@ -125,7 +126,7 @@ struct Kernels {
                       int64_t rows, void* out);
   void (*rms_norm)(Team&, int64_t dtype, const float* x, const void* weight, int64_t rows,
                    int64_t width, float eps, void* out);
-  void (*rotary_kv_write)(Team&, const TandemModel&, const TandemLayer&, const TandemBatch&,
+  void (*rotary_kv_write)(Team&, Scratch&, const TandemModel&, const TandemLayer&, const TandemBatch&,
                           const float* projected, void* query, void* keys, void* values);
   void (*attention)(Team&, Scratch&, int64_t dtype, const Attention&);
   void (*forward)(Team&, Scratch&, const Forward&);

@@ -100,6 +100,7 @@ void rms_norm(Team& team, int64_t dtype, const float* x, const void* weight, int
 }
 
 struct RotaryCall {
+  float* angles;
   const TandemModel& model;
   const TandemLayer& layer;
   const TandemBatch& batch;
@@ -110,14 +111,16 @@ struct RotaryCall {
 template <class T>
 void rotary_region(Member& member, void* argument) {
   const RotaryCall& c = *static_cast<const RotaryCall*>(argument);
-  rotary_kv_phase<T>(member, c.model, c.layer, c.batch, c.projected, static_cast<T*>(c.query),
+  angle_phase(member, c.model, c.batch, c.angles);
+  rotary_kv_phase<T>(member, c.model, c.layer, c.batch, c.angles, c.projected, static_cast<T*>(c.query),
                      static_cast<T*>(c.keys), static_cast<T*>(c.values));
 }
 
-void rotary_kv_write(Team& team, const TandemModel& model, const TandemLayer& layer,
+void rotary_kv_write(Team& team, Scratch& scratch, const TandemModel& model, const TandemLayer& layer,
                      const TandemBatch& batch, const float* projected, void* query, void* keys,
                      void* values) {
-  RotaryCall call{model, layer, batch, projected, query, keys, values};
+  scratch.angles.reserve(batch.num_tokens * model.head_dim * 4);
+  RotaryCall call{scratch.angles.as<float>(), model, layer, batch, projected, query, keys, values};
   team.run(model.dtype == TANDEM_BFLOAT16 ? rotary_region<bf16> : rotary_region<float>, &call);
 }
 

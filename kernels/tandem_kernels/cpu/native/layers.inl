@@ -23,7 +23,10 @@ static void norm_row(const float* x, const T* weight, int64_t width, float eps, 
   float total = sum_lanes(squares);
   for (; c < width; ++c) total += x[c] * x[c];
   const float factor = 1.0f / __builtin_sqrtf(total / static_cast<float>(width) + eps);
-  for (c = 0; c < width; ++c) narrow(x[c] * factor * widen(weight[c]), out + c);
+  for (c = 0; c + VW <= width; c += VW) {
+    narrow_lanes(load<vf>(x + c) * factor * widen_lanes(weight + c), out + c);
+  }
+  for (; c < width; ++c) narrow(x[c] * factor * widen(weight[c]), out + c);
 }
 
 // All threads; one phase.
@@ -39,7 +42,14 @@ static void norm_phase(Member& member, const float* x, const void* weight, int64
 template <class T>
 static void rotate_head(const float* x, const float* cosines, const float* sines, int64_t half,
                         T* out) {
-  for (int64_t i = 0; i < half; ++i) {
+  int64_t i = 0;
+  for (; i + VW <= half; i += VW) {
+    const vf first = load<vf>(x + i), second = load<vf>(x + i + half);
+    const vf cosine = load<vf>(cosines + i), sine = load<vf>(sines + i);
+    narrow_lanes(first * cosine - second * sine, out + i);
+    narrow_lanes(second * cosine + first * sine, out + i + half);
+  }
+  for (; i < half; ++i) {
     narrow(x[i] * cosines[i] - x[i + half] * sines[i], out + i);
     narrow(x[i + half] * cosines[i] + x[i] * sines[i], out + i + half);
   }
@@ -54,23 +64,32 @@ static void norm_head(float* x, const T* weight, int64_t width, float eps) {
   for (int64_t i = 0; i < width; ++i) x[i] = x[i] * factor * widen(weight[i]);
 }
 
+// The cosines and then the sines of a batch's rows, [tokens][head_dim]. All threads; one phase.
+static void angle_phase(Member& member, const TandemModel& model, const TandemBatch& batch,
+                        float* angles) {
+  const int64_t half = model.head_dim / 2;
+  row_phase(member, batch.num_tokens, [&](int64_t row) {
+    const float position = static_cast<float>(batch.positions[row]);
+    float* to = angles + row * model.head_dim;
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = position * model.inverse_frequencies[i];
+      to[i] = __builtin_cosf(angle);
+      to[i + half] = __builtin_sinf(angle);
+    }
+  });
+}
+
 // Queries go to `query`; keys and values to their slots. All threads; one phase.
 template <class T>
 static void rotary_kv_phase(Member& member, const TandemModel& model, const TandemLayer& layer,
-                            const TandemBatch& batch, const float* projected, T* query, T* keys,
-                            T* values) {
+                            const TandemBatch& batch, const float* angles, const float* projected,
+                            T* query, T* keys, T* values) {
   const int64_t width = model.head_dim, half = width / 2;
   const int64_t heads = model.heads, kv_heads = model.kv_heads;
-  constexpr int64_t kMostHalf = TANDEM_MOST_HEAD_DIM / 2;
-  float cosines[kMostHalf], sines[kMostHalf], head[2 * kMostHalf];
+  float head[TANDEM_MOST_HEAD_DIM];
   row_phase(member, batch.num_tokens, [&](int64_t row) {
     const float* x = projected + row * (heads + 2 * kv_heads) * width;
-    const float position = static_cast<float>(batch.positions[row]);
-    for (int64_t i = 0; i < half; ++i) {
-      const float angle = position * model.inverse_frequencies[i];
-      cosines[i] = __builtin_cosf(angle);
-      sines[i] = __builtin_sinf(angle);
-    }
+    const float *cosines = angles + row * width, *sines = cosines + half;
     T* key_out = keys + batch.slots[row] * kv_heads * width;
     for (int64_t h = 0; h < heads + kv_heads; ++h) {
       const float* from = x + h * width;
@@ -85,6 +104,8 @@ static void rotary_kv_phase(Member& member, const TandemModel& model, const Tand
     }
     const float* from = x + (heads + kv_heads) * width;
     T* value_out = values + batch.slots[row] * kv_heads * width;
-    for (int64_t i = 0; i < kv_heads * width; ++i) narrow(from[i], value_out + i);
+    int64_t i = 0;
+    for (; i + VW <= kv_heads * width; i += VW) narrow_lanes(load<vf>(from + i), value_out + i);
+    for (; i < kv_heads * width; ++i) narrow(from[i], value_out + i);
   });
 }
