@@ -11,26 +11,26 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-PACKAGES = ("tandem-serve", "torch", "ray", "grpcio", "numpy")
+from tandem.profiler.machine import cpu_name, describe_versions
 
 
 def describe_machine() -> dict[str, Any]:
     """Return processor, cores, memory, versions, date and the load before anything was started."""
+    versions = describe_versions()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "python": platform.python_version(),
         "kernel": platform.release().split("-")[0],
-        "versions": {name: _version(name) for name in PACKAGES},
+        "python": versions.pop("python"),
+        "versions": versions,
         "revision": _revision(),
     }
 
@@ -71,20 +71,6 @@ def _cpu_seconds(processes: Iterable[psutil.Process]) -> dict[int, float]:
             continue
         seconds[process.pid] = times.user + times.system
     return seconds
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _revision() -> str:

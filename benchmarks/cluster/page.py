@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.cluster.plot import draw_curves
@@ -32,12 +33,21 @@ def update_pages(results: Mapping[str, Any]) -> None:
     update_page(
         PERFORMANCE,
         {
-            "cluster": f"{render_table(rows)}\n\n{footnote(rows, results['load'])}",
+            "cluster": "\n\n".join(
+                (picture(PERFORMANCE), render_table(rows), footnote(rows, results["load"]))
+            ),
             "interference": render_interference(rows),
         },
     )
-    update_page(README, {"cluster headline": render_headline(rows)})
+    headline = f"{picture(README)}\n\n{render_headline(rows)}"
+    update_page(README, {"cluster headline": headline})
     draw_curves(PICTURE, rows, results["load"]["objectives"])
+
+
+def picture(page: Path) -> str:
+    """Return the line that shows the curves on `page`."""
+    shown = PICTURE.relative_to(page.parent).as_posix()
+    return f"![Latency and goodput over load, one curve per system]({shown})"
 
 
 def render_table(rows: Rows) -> str:

@@ -267,7 +267,7 @@ class GatewayConfig(_Frozen):
         60.0, description="seconds without an iteration while it has work"
     )
     no_worker_timeout: Seconds = Field(
-        120.0, description="seconds a request in flight waits for a decode worker to come back"
+        120.0, description="seconds a request waits while no decode worker is ready"
     )
     api_keys_file: str = Field(
         "", description="YAML file that maps API keys to tenants (`key: tenant`); empty: none"

@@ -121,7 +121,7 @@ class PrefillWorker:
             self._runtime.metrics.stale.inc()
 
     def keep(self, peer: DecodePeer, message: worker_pb2.KeepPrefill) -> None:
-        """The decode worker has no blocks: decode an offered leg here for now."""
+        """Decode an offered leg here until the decode worker has blocks."""
         leg = self._legs.get((peer, message.leg_id))
         if leg is not None and leg.phase == "offered":
             self._keep(leg)

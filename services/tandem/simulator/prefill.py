@@ -94,7 +94,7 @@ class SimulatedPrefill:
         self._loop.wake()
 
     def keep(self, flight: Flight, leg: SimulatedLeg) -> None:
-        """The decode worker has no blocks: decode a leg here for now."""
+        """Decode a leg here until the decode worker has blocks."""
         if leg.sequence not in self._by_sequence:
             leg.sequence.arrived_at = self._clock.now
             self._count(flight, 0, leg.num_tokens, 1)

@@ -18,7 +18,6 @@ import structlog
 import torch
 
 from tandem.core.config import TandemConfig
-from tandem.core.errors import IntegrityError
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.engine.engine import Engine
 from tandem.engine.parallel.shard import check_degree
@@ -47,7 +46,9 @@ from tandem.worker.event_loop import EventLoopThread
 from tandem.worker.host_copier import HostCopier
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.ranks import RankAddress, WorkerRanks
+from tandem.worker.service import WorkerService
 from tandem.worker.shares import default_threads, neighbours_of
+from tandem.worker.token_rate import TokenRate
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +58,6 @@ SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
 )
-_RATE_WINDOW_SECONDS = 5.0
 
 
 class WorkerEndpoint(NamedTuple):
@@ -116,7 +116,7 @@ class WorkerRuntime:
         self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
         self._progress = progress or (lambda stage, fraction: None)
-        self._rate = _Rate()
+        self._rate = TokenRate()
         self.tensor_parallel = config.tensor_parallel(role)
         self._ranks: WorkerRanks | None = None
         if self.tensor_parallel > 1:
@@ -212,6 +212,12 @@ class WorkerRuntime:
         log.warning("incarnation burnt", worker=self.name, old=self.incarnation, new=incarnation)
         self._role.drop_everything()
         self.incarnation = incarnation
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` if a block pool contradicts itself. Engine thread."""
+        self.pool.check_integrity()
+        if self.host_tier is not None:
+            self.host_tier.pool.check_integrity()
 
     @property
     def overlaps(self) -> bool:
@@ -355,7 +361,9 @@ class WorkerRuntime:
     async def _start_server(self, role: Role) -> str:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         role.add_servicers(self._server)
-        worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerService(self), self._server)
+        worker_pb2_grpc.add_WorkerServicer_to_server(
+            WorkerService(self, self.loop.post), self._server
+        )
         add_tracing(self._server, self.trace)
         host = self.config.worker.host
         port = self._server.add_insecure_port(f"{host}:0")
@@ -381,71 +389,3 @@ class WorkerRuntime:
                 host.pool.num_used, host.pool.num_cached, host.pool.num_blocks
             )
             self.metrics.set_host_copies(host.blocks_copied)
-
-
-class _WorkerService(worker_pb2_grpc.WorkerServicer):
-    """The controller's door."""
-
-    def __init__(self, runtime: WorkerRuntime) -> None:
-        self._runtime = runtime
-
-    async def Status(  # noqa: N802 - named by the proto
-        self, request: worker_pb2.WorkerStatusRequest, context: object
-    ) -> cluster_pb2.WorkerStatus:
-        return self._runtime.status()
-
-    async def Adopt(  # noqa: N802
-        self, request: worker_pb2.AdoptRequest, context: object
-    ) -> worker_pb2.AdoptResponse:
-        await self._in_engine_thread(self._runtime.adopt, request.incarnation)
-        return worker_pb2.AdoptResponse(incarnation=self._runtime.incarnation)
-
-    async def CheckIntegrity(  # noqa: N802
-        self, request: worker_pb2.CheckIntegrityRequest, context: object
-    ) -> worker_pb2.CheckIntegrityResponse:
-        violations: list[str] = []
-
-        def check() -> None:
-            try:
-                self._runtime.pool.check_integrity()
-                if self._runtime.host_tier is not None:
-                    self._runtime.host_tier.pool.check_integrity()
-            except IntegrityError as error:
-                violations.extend(error.message.splitlines())
-
-        await self._in_engine_thread(check)
-        return worker_pb2.CheckIntegrityResponse(violations=violations)
-
-    async def _in_engine_thread(self, function: Callable[..., None], *args: object) -> None:
-        loop = asyncio.get_running_loop()
-        done = asyncio.Event()
-
-        def call() -> None:
-            try:
-                function(*args)
-            finally:
-                loop.call_soon_threadsafe(done.set)
-
-        self._runtime.loop.post(call)
-        await done.wait()
-
-
-class _Rate:
-    """Tokens per second over the last few seconds."""
-
-    def __init__(self) -> None:
-        self._began = 0.0
-        self._count = 0
-        self._last = 0.0
-
-    def add(self, amount: int, now: float) -> None:
-        if now - self._began > _RATE_WINDOW_SECONDS:
-            self._last = self.per_second(now)
-            self._began, self._count = now, 0
-        self._count += amount
-
-    def per_second(self, now: float) -> float:
-        elapsed = now - self._began
-        if elapsed > 2 * _RATE_WINDOW_SECONDS:
-            return 0.0
-        return self._count / elapsed if elapsed > 1.0 else self._last

@@ -22,11 +22,32 @@ def refuse(worker, submit, error: Exception) -> None:
     worker.send(failed=error_to_failed(error, submit.request_id, submit.attempt))
 
 
-async def test_no_worker_is_said_at_once(cluster, make_request) -> None:
+async def test_a_new_request_waits_for_a_worker(cluster, make_request, tools) -> None:
     dispatcher = await cluster.start(decode=0)
-    with pytest.raises(UnavailableError):
+    reader = asyncio.create_task(tools.collect(dispatcher.generate(make_request())))
+    await tools.eventually(lambda: dispatcher.in_flight == 1)
+    await cluster.replace("decode-0")
+    await cluster.publish()
+    assert await reader == tools.expected(make_request())
+    assert cluster.observer.recoveries == []  # nothing was lost
+    await cluster.assert_nothing_is_held()
+
+
+async def test_a_new_request_does_not_wait_for_ever(cluster, make_request) -> None:
+    dispatcher = await cluster.start(decode=0, no_worker_timeout=0.2)
+    with pytest.raises(UnavailableError, match="no decode worker was ready within"):
         await anext(dispatcher.generate(make_request()))
     assert dispatcher.in_flight == 0
+
+
+async def test_those_that_wait_for_a_worker_are_bounded(cluster, make_request, tools) -> None:
+    dispatcher = await cluster.start(decode=0, router={"max_in_flight": 1})
+    waiting = asyncio.create_task(tools.collect(dispatcher.generate(make_request())))
+    await tools.eventually(lambda: dispatcher.in_flight == 1)
+    with pytest.raises(OverloadedError, match="1 requests wait for one already"):
+        await anext(dispatcher.generate(make_request()))
+    waiting.cancel()
+    await tools.eventually(lambda: dispatcher.in_flight == 0)
 
 
 async def test_full_is_said_at_once(cluster, make_request, tools) -> None:

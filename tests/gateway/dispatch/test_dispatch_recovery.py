@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tandem.core.errors import UnavailableError
+from tandem.v1 import cluster_pb2
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -116,13 +117,24 @@ async def test_the_only_worker_comes_back(cluster, make_request, tools) -> None:
     rest = asyncio.create_task(tools.collect(stream))
     await cluster.workers["decode-0"].die()
     await tools.eventually(lambda: not dispatcher.ready)
-    with pytest.raises(UnavailableError):  # a new request is not kept waiting
-        await anext(dispatcher.generate(make_request()))
-    assert dispatcher.in_flight == 1
+    later = asyncio.create_task(tools.collect(dispatcher.generate(make_request())))
+    await tools.eventually(lambda: dispatcher.in_flight == 2)
     await cluster.replace("decode-0")
     await cluster.publish()
     assert tokens + await rest == tools.expected(request)
+    assert await later == tools.expected(make_request())
     await cluster.assert_nothing_is_held()
+
+
+async def test_the_model_stays_known_while_every_worker_is_replaced(
+    cluster, make_request, tools
+) -> None:
+    dispatcher = await cluster.start(decode=1)
+    model = dispatcher.model
+    await cluster.workers["decode-0"].die()
+    await cluster.controller.publish(cluster_pb2.Membership(version=100))
+    await tools.eventually(lambda: not dispatcher.ready)
+    assert dispatcher.model == model
 
 
 async def test_a_request_does_not_wait_for_ever(cluster, make_request, tools) -> None:
@@ -132,7 +144,7 @@ async def test_a_request_does_not_wait_for_ever(cluster, make_request, tools) ->
     stream = dispatcher.generate(make_request())
     await tools.take(stream, 4)
     await cluster.workers["decode-0"].die()
-    with pytest.raises(UnavailableError, match="came back"):
+    with pytest.raises(UnavailableError, match="was ready"):
         await anext(stream)
     with pytest.raises(StopAsyncIteration):
         await anext(stream)

@@ -100,7 +100,3 @@ class LeadingModel:
         ):
             raise ValueError("logits are wanted of rows that the last forward pass did not return")
         return (hidden.storage_offset() - whole.storage_offset()) // whole.shape[1]
-
-
-def _memory_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -83,8 +83,8 @@ class Dispatcher:
     def generate(self, request: Request) -> TokenStream:
         """Return the tokens of a request as they come; it starts when it is first iterated.
 
-        Iterating raises `OverloadedError` when every worker is full, `UnavailableError` when there
-        is none or none came back in time, and whatever a worker refused the request with.
+        Iterating raises `OverloadedError` when every worker is full, `UnavailableError` when none
+        was ready in time, and whatever a worker refused the request with.
         """
         return TokenStream(request, self._open, self._traffic.cancel)
 

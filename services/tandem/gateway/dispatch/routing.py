@@ -8,6 +8,7 @@ workers that can take a request, and every load it counts is released once.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import NamedTuple
 
 import structlog
@@ -61,8 +62,10 @@ class Routing:
         """Take the controller's list; `refresh` follows once the streams have been adapted.
 
         A worker that came back under its name has an empty cache and no load: the router forgets
-        what it knew of the one before.
+        what it knew of the one before. The model stays known while every worker is being replaced.
         """
+        if membership.model is None:
+            membership = replace(membership, model=self.membership.model)
         self._forget_replaced(membership)
         self.membership = membership
         self._suspects.keep(membership.prefill)

@@ -3,10 +3,10 @@
 ::
 
     open --> running --finish--> over
-              |  ^
-         lost |  | dispatched again: prompt + emitted tokens, attempt + 1
-              v  |
-             parked --no worker in time--> over (UnavailableError)
+      |       |  ^
+      |  lost |  | dispatched: prompt + emitted tokens, attempt + 1
+      |       v  |
+      +----> parked --no worker in time--> over (UnavailableError)
 
 No handler awaits. Invariant: a request is in `_flights` until it is over, and `_end` is the only
 way out: it gives back router load and stream, once.
@@ -64,13 +64,20 @@ class Traffic:
     # ---- what the consumer does
 
     def open(self, request: Request) -> Flight:
-        """Dispatch a new request, or hold nothing: `UnavailableError`, `OverloadedError`."""
+        """Dispatch a new request, or keep it until a decode worker is ready.
+
+        Raises `OverloadedError` when every worker is full or too many wait for one already, and
+        `UnavailableError` before the model is known; then nothing is held.
+        """
         model = self._routing.membership.model
         if model is None:
             raise UnavailableError("the cluster is not known yet")
         wire_id = f"{request.request_id}~{self._gateway_id}.{next(self._count)}"
         flight = Flight(request, wire_id, model.max_model_len, self._wakeups)
-        self._dispatch(flight)
+        try:
+            self._dispatch(flight)
+        except UnavailableError:
+            self._wait_for_a_worker(flight)
         self._flights[wire_id] = flight
         return flight
 
@@ -145,6 +152,14 @@ class Traffic:
         self._retry_parked()
 
     # ---- inside
+
+    def _wait_for_a_worker(self, flight: Flight) -> None:
+        limit = self._config.router.max_in_flight
+        if len(self._parking) >= limit:
+            raise OverloadedError(
+                f"no decode worker is ready and {limit} requests wait for one already"
+            )
+        self._parking.add(flight, 0.0)
 
     def _current(self, stream: DecodeStream, wire_id: str, attempt: int) -> Flight | None:
         """Return the flight that a message speaks of, or count the message as stale."""
@@ -232,7 +247,7 @@ class Traffic:
 
     def _give_up(self, flight: Flight) -> None:
         waited = self._config.no_worker_timeout
-        self._fail(flight, UnavailableError(f"no decode worker came back within {waited:g} s"))
+        self._fail(flight, UnavailableError(f"no decode worker was ready within {waited:g} s"))
 
     def _fail(self, flight: Flight, error: TandemError) -> None:
         log.warning("request failed", **_names(flight), error=error.message)

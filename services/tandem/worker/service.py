@@ -1,0 +1,74 @@
+"""The controller's door to a worker: status, a new incarnation, the state of its blocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from tandem.core.errors import IntegrityError
+from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+
+Post = Callable[[Callable[[], None]], None]
+"""Runs a function in the engine thread, soon."""
+
+
+class ServedWorker(Protocol):
+    """What the controller may ask of a worker."""
+
+    incarnation: int
+
+    def status(self) -> cluster_pb2.WorkerStatus:
+        """Describe it. Any thread."""
+
+    def adopt(self, incarnation: int) -> None:
+        """Take a new incarnation. Engine thread."""
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` if its block pools contradict themselves. Engine thread."""
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """The controller's door."""
+
+    def __init__(self, worker: ServedWorker, post: Post) -> None:
+        self._worker = worker
+        self._post = post
+
+    async def Status(  # noqa: N802 - named by the proto
+        self, request: worker_pb2.WorkerStatusRequest, context: object
+    ) -> cluster_pb2.WorkerStatus:
+        return self._worker.status()
+
+    async def Adopt(  # noqa: N802
+        self, request: worker_pb2.AdoptRequest, context: object
+    ) -> worker_pb2.AdoptResponse:
+        await self._in_engine_thread(self._worker.adopt, request.incarnation)
+        return worker_pb2.AdoptResponse(incarnation=self._worker.incarnation)
+
+    async def CheckIntegrity(  # noqa: N802
+        self, request: worker_pb2.CheckIntegrityRequest, context: object
+    ) -> worker_pb2.CheckIntegrityResponse:
+        violations: list[str] = []
+
+        def check() -> None:
+            try:
+                self._worker.check_integrity()
+            except IntegrityError as error:
+                violations.extend(error.message.splitlines())
+
+        await self._in_engine_thread(check)
+        return worker_pb2.CheckIntegrityResponse(violations=violations)
+
+    async def _in_engine_thread(self, function: Callable[..., None], *args: object) -> None:
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+
+        def call() -> None:
+            try:
+                function(*args)
+            finally:
+                loop.call_soon_threadsafe(done.set)
+
+        self._post(call)
+        await done.wait()
