@@ -27,6 +27,7 @@ constexpr int kMaxRows = TANDEM_MAX_ROWS;
 #include "attention_lookahead.inl"
 #include "attention_partials.inl"
 #include "attention.inl"
+#include "attention_phase.inl"
 #include "layers.inl"
 #include "forward.inl"
 #include "truncation.inl"
