@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-links bench-scheduling bench-micro bench-startup bench-gpu bench-simulator bench-prediction fuzz-kernels bundled-model clean
+.PHONY: help install serve test test-slow test-triton lint format proto bench bench-peers bench-cluster bench-gateway bench-stages bench-links bench-scheduling bench-shared-prefix bench-micro bench-startup bench-gpu bench-simulator bench-prediction fuzz-kernels bundled-model clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -82,6 +82,9 @@ bench-simulator: $(STAMP)  ## simulate 1,000 workers and 1,000,000 requests (ARG
 
 bench-prediction: $(STAMP)  ## what the simulator predicts against what the cluster does (ARGS="--model qwen")
 	@$(BIN)/python -m benchmarks.prediction $(ARGS)
+
+bench-shared-prefix: $(STAMP)  ## simulate prompts that begin alike: hit rate, time to first token, evenness
+	@$(BIN)/python -m benchmarks.shared_prefix $(ARGS)
 
 bench-scheduling: $(STAMP)  ## what an iteration's scheduling and a routing decision cost
 	@$(BIN)/python -m benchmarks.scheduling $(ARGS)

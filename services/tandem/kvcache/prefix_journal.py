@@ -75,8 +75,8 @@ class JournalReader:
         self._snapshot: list[_Change] | None = None
         self._next = -1
 
-    def read(self, host_value: float) -> PrefixEvents | None:
-        """Return the next message, or None if there is nothing to say."""
+    def read(self, host_value: float, *, even_if_empty: bool = False) -> PrefixEvents | None:
+        """Return the next message, or None if there is nothing to say and nothing must be said."""
         journal = self._journal
         reset = self._next < journal.end - len(journal.changes)
         if reset:
@@ -87,7 +87,7 @@ class JournalReader:
             ]
             self._next = journal.end
         changes = self._take()
-        if not (reset or changes):
+        if not (reset or changes or even_if_empty):
             return None
         self._number += 1
         chosen: dict[tuple[Tier, bool], list[bytes]] = {}

@@ -1,4 +1,5 @@
-"""The decode workers' side of a prefill worker: one bidirectional stream per decode worker."""
+"""The streams of a prefill worker: one per decode worker, which carries its prefills, and one per
+gateway, which says what becomes of the prefix caches."""
 
 from __future__ import annotations
 
@@ -10,15 +11,21 @@ import grpc
 import grpc.aio
 import structlog
 
-from tandem.core.errors import TandemError
+from tandem.core.errors import StaleError, TandemError
+from tandem.kvcache.prefix_journal import JournalReader
 from tandem.transfer import check_kv_spec
 from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.wire.prefixes import prefix_events_to_proto
 from tandem.worker.event_loop import Outbox
 from tandem.worker.liveness import check_incarnation
 from tandem.worker.runtime import WorkerRuntime
 from tandem.worker.transfers import PostedEvents, TransferHandler
 
 log = structlog.get_logger(__name__)
+
+SIGN_OF_LIFE_SECONDS = 5.0
+"""Those who follow the prefix cache hear something this often, so that neither end takes the stream
+for dead, and none pings so much that it is taken for an attack."""
 
 
 class LegHandler(TransferHandler["DecodePeer"], Protocol):
@@ -107,6 +114,32 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             runtime.loop.post(self._handler.peer_closed, peer)
             log.info("decode worker gone", worker=runtime.name, peer=peer.name)
 
+    async def FollowPrefixes(  # noqa: N802
+        self,
+        request: worker_pb2.FollowPrefixesRequest,
+        context: grpc.aio.ServicerContext[
+            worker_pb2.FollowPrefixesRequest, worker_pb2.PrefixEvents
+        ],
+    ) -> AsyncIterator[worker_pb2.PrefixEvents]:
+        """Read the journal only when the message before was taken: who is slow holds up nothing."""
+        runtime, expected = self._runtime, request.expected_incarnation
+        try:
+            check_incarnation(runtime.name, expected, runtime.incarnation)
+        except StaleError as error:
+            runtime.metrics.stale.inc()
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+        log.info("prefix cache followed", worker=runtime.name, gateway=request.gateway_id)
+        reader = JournalReader(runtime.journal)
+        pause, quiet = runtime.config.worker.heartbeat_interval, 0.0
+        while runtime.incarnation == expected:
+            say = quiet >= SIGN_OF_LIFE_SECONDS
+            message = await runtime.loop.call(_next_events, runtime, reader, say)
+            quiet += pause
+            if message is not None:
+                quiet = 0.0
+                yield message
+            await asyncio.sleep(pause)
+
     def _hello(self) -> worker_pb2.PrefillToDecode:
         runtime = self._runtime
         hello = worker_pb2.PeerHello(
@@ -163,3 +196,12 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             )
             peer.send(worker_pb2.PrefillToDecode(heartbeat=beat))
             await asyncio.sleep(runtime.config.worker.heartbeat_interval)
+
+
+def _next_events(
+    runtime: WorkerRuntime, reader: JournalReader, even_if_empty: bool
+) -> worker_pb2.PrefixEvents | None:
+    """Engine thread."""
+    host_value = runtime.scheduler.preemption.host_value
+    events = reader.read(host_value, even_if_empty=even_if_empty)
+    return None if events is None else prefix_events_to_proto(events)

@@ -7,13 +7,19 @@ all take the same worker.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from tandem.core.config import RouterConfig
+
+SLACK = 0.25
+"""Share above the mean load from which on queueing for a cached prefix is charged to the prefix."""
+MOST_CHARGED = 4096
+"""Prefixes whose charges are remembered; the one charged longest ago goes first."""
 
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 Integers = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -30,6 +36,10 @@ class Candidates(NamedTuple):
     """In tokens."""
     cached_tokens: Floats
     """Those in host memory counted by what they save."""
+    weight: Callable[[float], float]
+    """What the request would add to the load of a worker that has so many tokens cached."""
+    prefix: Callable[[int], bytes]
+    """A name for what a candidate with cached tokens has of the prompt."""
 
 
 class Policy(Protocol):
@@ -72,19 +82,48 @@ class LeastLoaded:
 class PrefixAware:
     """The least loaded worker, where a cached prefix makes up for some load.
 
-    The bonus is bounded, so that a system prompt that everybody sends cannot pull all traffic to
-    the worker that had it first.
+    To queue behind a prefix is worth it up to what computing it again costs, for one request. If
+    many share it, each of them queues, and one copy on another worker would have spared them all.
+    So a request that goes to a crowded worker for its cache, one above (1 + `SLACK`) times the mean
+    load plus this request (the capacity of consistent hashing with bounded loads, Mirrokni, Thorup
+    and Zadimoghaddam 2016), charges the prefix with the load that it queues behind in excess of
+    the least loaded worker's. Once the charges reach what a copy costs, the next request goes
+    where its cache does not count, which makes a copy, and the charges begin anew: as in renting
+    skis until the rent has come to the price, queueing never costs more than the copies do.
+    A conversation that only one request at a time goes on with is a new prefix in each turn.
     """
 
     def __init__(self, rng: Random, weight: float, max_bonus_tokens: int) -> None:
         self._rng = rng
         self._weight = weight
         self._max_bonus_tokens = max_bonus_tokens
+        self._charges: OrderedDict[bytes, float] = OrderedDict()
 
     def choose(self, candidates: Candidates) -> int:
         """Return the candidate with the lowest load less bonus."""
+        loads = candidates.loads
         bonus = self._weight * np.minimum(candidates.cached_tokens, self._max_bonus_tokens)
-        return _lowest(candidates.loads - bonus, self._rng)
+        index = _lowest(loads - bonus, self._rng)
+        if not bonus[index]:
+            return index
+        one = candidates.weight(candidates.cached_tokens[index])
+        most = (1.0 + SLACK) * float(loads.sum()) / len(loads) + one
+        if loads[index] <= most:
+            return index
+        excess = float(loads[index] - loads.min())
+        if not self._is_paid(candidates.prefix(index), excess, float(bonus[index])):
+            return index
+        return _lowest(loads - np.where(loads > most, 0.0, bonus), self._rng)
+
+    def _is_paid(self, prefix: bytes, excess: float, price: float) -> bool:
+        """Charge a prefix; return whether that pays for a copy."""
+        charges = self._charges.pop(prefix, 0.0) + excess
+        if charges >= price:
+            return True
+        self._charges[prefix] = charges
+        if len(self._charges) > MOST_CHARGED:
+            self._charges.popitem(last=False)
+        return False
 
 
 def make_policy(config: RouterConfig, rng: Random) -> Policy:

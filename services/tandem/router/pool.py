@@ -13,8 +13,9 @@ and came back under its name starts from zero.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +45,13 @@ class WorkerView:
     waiting: int = 0
 
 
-class Dispatch(NamedTuple):
-    """Load that was counted on a worker, to be taken back when the request leaves it."""
+Weight = Callable[[int, float], float]
+"""Tokens of a request, how many of them a worker has cached -> what it adds to that worker's load.
+"""
+
+
+class Placement(NamedTuple):
+    """A request on a worker: load that is counted from `dispatch` to `take_back`."""
 
     worker: WorkerView
     tokens: int
@@ -54,9 +60,12 @@ class Dispatch(NamedTuple):
 class WorkerPool:
     """The members of one role and the policy that chooses among them."""
 
-    def __init__(self, policy: Policy, block_size: int, max_tracked_blocks: int) -> None:
+    def __init__(
+        self, policy: Policy, block_size: int, max_tracked_blocks: int, weight: Weight
+    ) -> None:
         self._policy = policy
         self._block_size = block_size
+        self._weight = weight
         self._prefixes = PrefixView(max_tracked_blocks)
         self._workers: dict[str, WorkerView] = {}
         self._names: list[str] = []
@@ -73,10 +82,6 @@ class WorkerPool:
     def get(self, name: str) -> WorkerView | None:
         """The view of a member."""
         return self._workers.get(name)
-
-    def cached_tokens(self, worker: WorkerView, hashes: Sequence[bytes]) -> int:
-        """Return how many tokens of a prompt a worker should have cached."""
-        return int(self._prefixes.match(worker.number, hashes) * self._block_size)
 
     def set_members(self, names: Iterable[str]) -> None:
         """Replace the membership, keeping what is known of those that stay."""
@@ -108,8 +113,8 @@ class WorkerPool:
         num_tokens: int,
         exclude: Collection[str] = (),
         max_requests: float = float("inf"),
-    ) -> WorkerView | None:
-        """Return the worker that the policy takes among those that are not excluded and have fewer
+    ) -> Placement | None:
+        """Return the place that the policy takes among workers that are not excluded and have fewer
         than `max_requests` requests of this router; None if there is none."""
         may_take = self._requests < max_requests
         for name in exclude:
@@ -124,11 +129,19 @@ class WorkerPool:
             loads, cached = loads[positions], cached[positions]
         if not len(positions):
             return None
-        candidates = Candidates(self._names, positions, loads, cached)
-        return self._views[int(positions[self._policy.choose(candidates)])]
+        weight = partial(self._weight, num_tokens)
 
-    def dispatch(self, worker: WorkerView, tokens: int, hashes: Sequence[bytes]) -> Dispatch:
+        def prefix(index: int) -> bytes:
+            return hashes[max(int(cached[index]) // self._block_size, 1) - 1]
+
+        index = self._policy.choose(
+            Candidates(self._names, positions, loads, cached, weight, prefix)
+        )
+        return Placement(self._views[int(positions[index])], int(weight(cached[index])))
+
+    def dispatch(self, placement: Placement, hashes: Sequence[bytes]) -> None:
         """Count a request on a worker, now, before anything is sent."""
+        worker, tokens = placement
         worker.requests += 1
         worker.tokens += tokens
         worker.unreported_tokens += tokens
@@ -136,11 +149,10 @@ class WorkerPool:
         self._prefixes.dispatched(worker.number, hashes)
         self._dispatched_requests += 1
         self._dispatched_tokens += tokens
-        return Dispatch(worker, tokens)
 
-    def take_back(self, dispatch: Dispatch) -> None:
+    def take_back(self, placement: Placement) -> None:
         """End the load of a dispatch."""
-        worker, tokens = dispatch
+        worker, tokens = placement
         worker.requests -= 1
         worker.tokens -= tokens
         worker.unreported_tokens = min(worker.unreported_tokens, worker.tokens)

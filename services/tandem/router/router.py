@@ -18,7 +18,7 @@ from tandem.core.config import RouterConfig
 from tandem.core.errors import OverloadedError, UnavailableError
 from tandem.core.prefix_events import PrefixEvents
 from tandem.router.policies import make_policy
-from tandem.router.pool import Dispatch, WorkerPool, WorkerView
+from tandem.router.pool import Placement, WorkerPool, WorkerView
 from tandem.router.prefix_view import keys_of
 
 EXPECTED_OUTPUT_TOKENS = 256
@@ -37,8 +37,8 @@ class Assignment(NamedTuple):
 class _InFlight:
     hashes: Sequence[bytes]
     num_tokens: int
-    decode: Dispatch
-    prefill: Dispatch | None
+    decode: Placement
+    prefill: Placement | None
 
 
 class Router:
@@ -49,8 +49,12 @@ class Router:
         self._config = config
         self._block_size = block_size
         blocks = config.max_tracked_blocks
-        self._prefill = WorkerPool(make_policy(config, rng), block_size, blocks)
-        self._decode = WorkerPool(make_policy(config, rng), block_size, blocks)
+
+        def prefill_weight(num_tokens: int, cached_tokens: float) -> float:
+            return max(num_tokens - cached_tokens, block_size)
+
+        self._prefill = WorkerPool(make_policy(config, rng), block_size, blocks, prefill_weight)
+        self._decode = WorkerPool(make_policy(config, rng), block_size, blocks, _decode_weight)
         self._in_flight: dict[str, _InFlight] = {}
 
     # ------------------------------------------------------------------ what it is told
@@ -111,10 +115,9 @@ class Router:
         hashes = keys_of(hashes)
         decode = self._choose_decode(hashes, num_tokens, exclude)
         prefill = self._dispatch_prefill(hashes, num_tokens, exclude)
-        weight = num_tokens + EXPECTED_OUTPUT_TOKENS
-        dispatch = self._decode.dispatch(decode, weight, hashes)
-        self._in_flight[request_id] = _InFlight(hashes, num_tokens, dispatch, prefill)
-        return Assignment(prefill.worker.name if prefill else None, decode.name)
+        self._decode.dispatch(decode, hashes)
+        self._in_flight[request_id] = _InFlight(hashes, num_tokens, decode, prefill)
+        return Assignment(prefill.worker.name if prefill else None, decode.worker.name)
 
     def reassign_prefill(self, request_id: str, exclude: Collection[str]) -> str | None:
         """Name another prefill worker for a request in flight, and move its load there.
@@ -130,23 +133,21 @@ class Router:
 
     def _dispatch_prefill(
         self, hashes: Sequence[bytes], num_tokens: int, exclude: Collection[str]
-    ) -> Dispatch | None:
+    ) -> Placement | None:
         """Choose a prefill worker and count the tokens that it will have to compute."""
-        worker = self._prefill.choose(hashes, num_tokens, exclude)
-        if worker is None:
-            return None
-        cached_tokens = self._prefill.cached_tokens(worker, hashes)
-        weight = max(num_tokens - cached_tokens, self._block_size)
-        return self._prefill.dispatch(worker, weight, hashes)
+        placement = self._prefill.choose(hashes, num_tokens, exclude)
+        if placement is not None:
+            self._prefill.dispatch(placement, hashes)
+        return placement
 
     def _choose_decode(
         self, hashes: Sequence[bytes], num_tokens: int, exclude: Collection[str]
-    ) -> WorkerView:
+    ) -> Placement:
         """Choose among the decode workers that can take one more request of this router."""
         limit = self._config.max_in_flight
-        worker = self._decode.choose(hashes, num_tokens, exclude, limit)
-        if worker is not None:
-            return worker
+        placement = self._decode.choose(hashes, num_tokens, exclude, limit)
+        if placement is not None:
+            return placement
         members = [view for view in self._decode.workers if view.name not in exclude]
         if not members:
             raise UnavailableError("no decode worker is available")
@@ -154,6 +155,10 @@ class Router:
             f"every decode worker has {limit} requests in flight",
             retry_after=min(_seconds_to_drain(view) for view in members),
         )
+
+
+def _decode_weight(num_tokens: int, cached_tokens: float) -> float:
+    return num_tokens + EXPECTED_OUTPUT_TOKENS
 
 
 def _seconds_to_drain(worker: WorkerView) -> float:

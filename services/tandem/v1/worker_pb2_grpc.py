@@ -121,6 +121,11 @@ class PrefillStub:
                 request_serializer=tandem_dot_v1_dot_worker__pb2.DecodeToPrefill.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_worker__pb2.PrefillToDecode.FromString,
                 _registered_method=True)
+        self.FollowPrefixes = channel.unary_stream(
+                '/tandem.v1.Prefill/FollowPrefixes',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.FollowPrefixesRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.PrefixEvents.FromString,
+                _registered_method=True)
 
 
 class PrefillServicer:
@@ -135,6 +140,14 @@ class PrefillServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FollowPrefixes(self, request, context):
+        """For routers: a snapshot of what the worker's prefix caches hold, then what becomes of it. Numbers
+        begin at 1; a message comes every few seconds even if there is nothing to say.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -142,6 +155,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.Serve,
                     request_deserializer=tandem_dot_v1_dot_worker__pb2.DecodeToPrefill.FromString,
                     response_serializer=tandem_dot_v1_dot_worker__pb2.PrefillToDecode.SerializeToString,
+            ),
+            'FollowPrefixes': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowPrefixes,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.FollowPrefixesRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.PrefixEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +191,33 @@ class Prefill:
             '/tandem.v1.Prefill/Serve',
             tandem_dot_v1_dot_worker__pb2.DecodeToPrefill.SerializeToString,
             tandem_dot_v1_dot_worker__pb2.PrefillToDecode.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowPrefixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.Prefill/FollowPrefixes',
+            tandem_dot_v1_dot_worker__pb2.FollowPrefixesRequest.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.PrefixEvents.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,10 +6,12 @@ two iterations, so the state needs no locks and every decision sees one consiste
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import structlog
 
@@ -18,6 +20,7 @@ from tandem.worker.affinity import pin_thread
 log = structlog.get_logger(__name__)
 
 Event = tuple[Callable[..., None], tuple[Any, ...]]
+Result = TypeVar("Result")
 
 
 class EngineLoop:
@@ -42,6 +45,21 @@ class EngineLoop:
     def post(self, function: Callable[..., None], *args: Any) -> None:
         """Run `function(*args)` in the engine thread, in order of posting. Any thread may call."""
         self._inbox.put((function, args))
+
+    async def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Run `function(*args)` in the engine thread and return or raise what it does."""
+        outcome: Future[Result] = Future()
+
+        def run() -> None:
+            if not outcome.set_running_or_notify_cancel():
+                return  # nobody waits any more
+            try:
+                outcome.set_result(function(*args))
+            except Exception as error:
+                outcome.set_exception(error)
+
+        self.post(run)
+        return await asyncio.wrap_future(outcome)
 
     def stop(self, timeout: float = 10.0) -> None:
         """End the thread after the iteration in progress."""

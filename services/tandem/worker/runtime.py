@@ -361,9 +361,7 @@ class WorkerRuntime:
     async def _start_server(self, role: Role) -> str:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         role.add_servicers(self._server)
-        worker_pb2_grpc.add_WorkerServicer_to_server(
-            WorkerService(self, self.loop.post), self._server
-        )
+        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self, self.loop), self._server)
         add_tracing(self._server, self.trace)
         host = self.config.worker.host
         port = self._server.add_insecure_port(f"{host}:0")

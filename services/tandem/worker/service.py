@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from typing import Protocol
 
 from tandem.core.errors import IntegrityError
 from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
-
-Post = Callable[[Callable[[], None]], None]
-"""Runs a function in the engine thread, soon."""
+from tandem.worker.engine_loop import EngineLoop
 
 
 class ServedWorker(Protocol):
@@ -31,9 +27,9 @@ class ServedWorker(Protocol):
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """The controller's door."""
 
-    def __init__(self, worker: ServedWorker, post: Post) -> None:
+    def __init__(self, worker: ServedWorker, loop: EngineLoop) -> None:
         self._worker = worker
-        self._post = post
+        self._loop = loop
 
     async def Status(  # noqa: N802 - named by the proto
         self, request: worker_pb2.WorkerStatusRequest, context: object
@@ -43,7 +39,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Adopt(  # noqa: N802
         self, request: worker_pb2.AdoptRequest, context: object
     ) -> worker_pb2.AdoptResponse:
-        await self._in_engine_thread(self._worker.adopt, request.incarnation)
+        await self._loop.call(self._worker.adopt, request.incarnation)
         return worker_pb2.AdoptResponse(incarnation=self._worker.incarnation)
 
     async def CheckIntegrity(  # noqa: N802
@@ -57,18 +53,5 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             except IntegrityError as error:
                 violations.extend(error.message.splitlines())
 
-        await self._in_engine_thread(check)
+        await self._loop.call(check)
         return worker_pb2.CheckIntegrityResponse(violations=violations)
-
-    async def _in_engine_thread(self, function: Callable[..., None], *args: object) -> None:
-        loop = asyncio.get_running_loop()
-        done = asyncio.Event()
-
-        def call() -> None:
-            try:
-                function(*args)
-            finally:
-                loop.call_soon_threadsafe(done.set)
-
-        self._post(call)
-        await done.wait()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tandem_kernels import triton as kernels
 from tandem_kernels.implementation import REFERENCE
+from tandem_kernels.ragged_batch import RaggedBatch
 from tandem_kernels.triton.decode_attention import num_splits
 from tandem_kernels.triton.static_batch import StaticDecodeBatch
 
@@ -89,12 +90,14 @@ def test_splits_fill_the_device_and_are_never_needlessly_short() -> None:
 
 def test_a_static_batch_lays_out_rows_and_padding() -> None:
     batch = StaticDecodeBatch(4, 20, 4, torch.device("cpu"))
-    batch.fill([7, 8], [5, 0], [[3, 9, 2], [6]])
+    first = RaggedBatch.build([[3, 9, 2], [6]], [5, 0], [1, 1], 4, torch.device("cpu"))
+    batch.fill(torch.tensor([7, 8]), first)
     ragged = batch.ragged(4)
     assert batch.token_ids(4).tolist() == [7, 8, 0, 0]
     assert ragged.positions.tolist() == [5, 0, 0, 0]
     assert ragged.slots.tolist() == [9 * 4 + 1, 6 * 4, -1, -1]
     assert ragged.block_tables[:2, :2].tolist() == [[3, 9], [6, 6]]
     assert kernels.AttentionPlan.of(ragged, torch.empty(0)).context_lens.tolist() == [6, 1, 0, 0]
-    batch.fill([1], [19], [[0, 1, 2, 3, 4]])
+    then = RaggedBatch.build([[0, 1, 2, 3, 4]], [19], [1], 4, torch.device("cpu"))
+    batch.fill(torch.tensor([1]), then)
     assert ragged.slots.tolist() == [19, -1, -1, -1]  # the same memory

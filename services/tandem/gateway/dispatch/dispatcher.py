@@ -19,6 +19,7 @@ from tandem.core.request import Request
 from tandem.gateway.changes import Changes
 from tandem.gateway.dispatch.flight import Flight
 from tandem.gateway.dispatch.pool import DecodePool
+from tandem.gateway.dispatch.prefix_followers import PrefixFollowers
 from tandem.gateway.dispatch.routing import Routing
 from tandem.gateway.dispatch.stream import DecodeStream, LossCause, StreamTimeouts
 from tandem.gateway.dispatch.tokens import TokenStream
@@ -57,6 +58,7 @@ class Dispatcher:
         self._observer = observer
         self._pool = DecodePool(self.gateway_id, timeouts, self, rng)
         self._routing = Routing(config.router, self._pool, rng.getrandbits(32))
+        self._followers = PrefixFollowers(self.gateway_id, self._routing.observe_prefixes, rng)
         self._traffic = Traffic(config, self._routing, observer, self.gateway_id, self._trace)
         self._view = ClusterView(controller_address, self.gateway_id, self._membership, rng)
         self.changes = Changes()
@@ -103,6 +105,7 @@ class Dispatcher:
             await asyncio.gather(self._watch, return_exceptions=True)
         if self._tracing is not None:
             await self._tracing.stop(grace=None)
+        await self._followers.close()
         await self._pool.close()
 
     # ---- events of the decode streams
@@ -151,7 +154,7 @@ class Dispatcher:
         """Pass on what a worker has cached; after a gap, ask for all of it again."""
         events = prefix_events_from_proto(message)
         if stream.follows(events.number, reset=events.reset):
-            self._routing.observe_prefixes(stream.member.name, events)
+            self._routing.observe_prefixes(stream.member, events)
 
     def _open(self, request: Request) -> Flight:
         if self._closed:
@@ -162,4 +165,6 @@ class Dispatcher:
         self._routing.set_membership(membership)
         self._pool.update(membership.decode)
         self._routing.refresh()
+        caching = membership.model is not None and membership.model.prefix_cache
+        self._followers.update(membership.prefill if caching else {})
         self.changes.notify()

@@ -97,10 +97,12 @@ class Routing:
         if self._router is not None and worker in self._pool.accepting:
             self._router.observe(worker, running, waiting)
 
-    def observe_prefixes(self, worker: str, events: PrefixEvents) -> None:
-        """Pass on what a decode worker says of its prefix caches."""
-        if self._router is not None and worker in self._pool.accepting:
-            self._router.observe_prefixes(worker, events)
+    def observe_prefixes(self, member: Member, events: PrefixEvents) -> None:
+        """Pass on what a worker says of its prefix caches; one that was replaced has no say."""
+        name = member.name
+        is_prefill = self.membership.prefill.get(name) == member
+        if self._router is not None and (is_prefill or name in self._pool.accepting):
+            self._router.observe_prefixes(name, events)
 
     def assign(self, flight: Flight, *, avoid_strictly: bool) -> Route:
         """Choose workers for the next attempt and count their load.
