@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tandem_kernels.upload import upload
 
+Integers = np.ndarray[tuple[int], np.dtype[np.int64]]
+
 
 @dataclass(frozen=True, eq=False)
 class RaggedBatch:
@@ -61,28 +63,44 @@ class RaggedBatch:
     def over(
         cls,
         block_tables: Tensor,
-        starts: np.ndarray[tuple[int], np.dtype[np.int64]],
-        lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
+        starts: Integers,
+        lengths: Integers,
         block_size: int,
     ) -> RaggedBatch:
         """As `build`, over tables that are on the device already, int64 [S, widest table]."""
         query_starts = np.concatenate(([0], np.cumsum(lengths)))
-        sequence_of_row = np.repeat(np.arange(len(lengths)), lengths)
-        positions = np.arange(query_starts[-1]) + np.repeat(starts - query_starts[:-1], lengths)
-        index = upload(np.stack((positions, sequence_of_row)), block_tables.device)
-        blocks = block_tables[index[1], index[0] // block_size]
+        if (lengths == 1).all():
+            sequence_of_row, positions = np.arange(len(lengths)), starts
+        else:
+            sequence_of_row = np.repeat(np.arange(len(lengths)), lengths)
+            positions = np.arange(query_starts[-1]) + np.repeat(starts - query_starts[:-1], lengths)
+        on_device = _positions_and_slots(block_tables, sequence_of_row, positions, block_size)
         return cls(
             query_starts=tuple(query_starts.tolist()),
             context_lens=tuple((starts + lengths).tolist()),
             block_tables=block_tables,
             block_size=block_size,
-            positions=index[0],
-            slots=blocks * block_size + index[0] % block_size,
+            positions=on_device[0],
+            slots=on_device[1],
         )
 
 
+def _positions_and_slots(
+    block_tables: Tensor, sequence_of_row: Integers, positions: Integers, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return both for each row, where the tables are. On CPUs by numpy, which takes less time over
+    so few numbers than torch does."""
+    if block_tables.device.type == "cpu":
+        blocks = block_tables.numpy()[sequence_of_row, positions // block_size]
+        slots = blocks * block_size + positions % block_size
+        return torch.from_numpy(positions), torch.from_numpy(slots)
+    index = upload(np.stack((positions, sequence_of_row)), block_tables.device)
+    on_device = block_tables[index[1], index[0] // block_size]
+    return index[0], on_device * block_size + index[0] % block_size
+
+
 def _padded_tables(
-    block_tables: Sequence[Sequence[int]], blocks_needed: np.ndarray[tuple[int], np.dtype[np.int64]]
+    block_tables: Sequence[Sequence[int]], blocks_needed: Integers
 ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """Stack the used part of each table. Padding repeats the table's own first block.
 

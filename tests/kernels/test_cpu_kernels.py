@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from tests.kernels.cpu_cases import CASES, INSTRUCTION_SETS, Source
@@ -45,6 +47,19 @@ def test_a_row_has_the_same_bits_however_many_rows_and_threads_there_are(
             if expected is None:
                 expected = ops.linear(context, packed, x)
             assert torch.equal(actual, expected[:rows])
+
+
+def test_threads_that_come_late_change_nothing() -> None:
+    """With four threads per core most of them come when their work is done, or long after."""
+    source = Source(2)
+    context = Context(4 * (os.cpu_count() or 1))
+    x, weight = source.tensor(3, 64), source.tensor(256, 64)
+    logits = source.tensor(3, 5000)
+    packed = pack_linear(context, weight, None)
+    expected = ops.linear(Context(1), packed, x)
+    for _ in range(500):
+        assert torch.equal(ops.linear(context, packed, x), expected)
+        assert torch.equal(ops.argmax(context, logits), logits.argmax(1))
 
 
 def test_nothing_that_the_kernels_could_not_read_is_given_to_them() -> None:

@@ -150,8 +150,8 @@ void tandem_rms_norm(Context* context, int64_t dtype, const float* x, const void
 void tandem_rotary_kv_write(Context* context, const TandemModel* model, const TandemLayer* layer,
                             const TandemBatch* batch, const float* projected, void* query,
                             void* keys, void* values) {
-  context->kernels->rotary_kv_write(context->team, *model, *layer, *batch, projected, query, keys,
-                                    values);
+  context->kernels->rotary_kv_write(context->team, context->scratch, *model, *layer, *batch,
+                                    projected, query, keys, values);
 }
 
 int tandem_paged_attention(Context* context, int64_t dtype, const TandemBatch* batch,

@@ -5,9 +5,10 @@ template <class T>
 struct Workbench {
   static constexpr int64_t kUnits = kTileKeys / kPerUnit<T>;  // of the keys of a tile
   TileRows<T> rows[2];  // of this tile and of the next
+  Lookahead ahead;      // to the next
   uint32_t* keys;     // [4][head units][32]
   uint32_t* values;   // [columns / 32][kUnits][32], for chunks
-  uint32_t* query;    // [head units][rows of group]
+  uint32_t* query;    // [head units][rows of group], for chunks group after group
   uint32_t* weights;  // [kMaxRows][kUnits]
   float* scores;      // [4][kMaxRows][32]
   float* found;       // [columns / 32][kMaxRows][32]
@@ -15,14 +16,15 @@ struct Workbench {
 
   static int64_t floats(const AttentionShape& shape, int64_t rows) {
     return kTileKeys * shape.head_units + kUnits * shape.columns +
-           kMaxRows * (shape.head_units + kUnits + kTileKeys + shape.columns) +
-           rows * partial_size(shape.columns) + 64;
+           most_of(kMaxRows, rows) * shape.head_units +
+           kMaxRows * (kUnits + kTileKeys + shape.columns) + rows * partial_size(shape.columns) + 64;
   }
-  Workbench(float* memory, const AttentionShape& shape) {
+  // `rows`: the most of a chunk.
+  Workbench(float* memory, const AttentionShape& shape, int64_t rows) {
     keys = reinterpret_cast<uint32_t*>(memory);
     values = keys + kTileKeys * shape.head_units;
     query = values + kUnits * shape.columns;
-    weights = query + kMaxRows * shape.head_units;
+    weights = query + most_of(kMaxRows, rows) * shape.head_units;
     scores = reinterpret_cast<float*>(weights + kMaxRows * kUnits);
     found = scores + kMaxRows * kTileKeys;
     merged = found + kMaxRows * shape.columns;
@@ -90,14 +92,14 @@ static void gather_query(const Attention& a, const AttentionShape& shape, const 
 template <class T, class Rows>
 static void score_group(const Attention& a, const AttentionShape& shape, const Unit& unit,
                         int64_t tile, const TileRows<T>& tile_rows, int64_t first, int64_t rows,
-                        const Workbench<T>& bench, float* maxima, float* sums) {
+                        const uint32_t* query, Workbench<T>& bench, float* maxima, float* sums) {
   const TandemBatch& batch = *a.batch;
   const int64_t chunk = batch.query_starts[unit.sequence + 1] - batch.query_starts[unit.sequence];
   const int64_t position_of_row = batch.context_lens[unit.sequence] - chunk + unit.first_row;
   for (int64_t panel = 0; panel * kPanel < tile_rows.used; ++panel) {
-    run_tile<T, Rows>(rows, bench.query, bench.keys + panel * kPanel * shape.head_units,
+    run_tile<T, Rows>(rows, query, bench.keys + panel * kPanel * shape.head_units,
                       shape.head_units, bench.scores + panel * kMaxRows * kPanel,
-                      reinterpret_cast<const void* const*>(tile_rows.values) + panel * kPanel);
+                      Rows::kLooksAhead ? bench.ahead.take(shape.head_units) : nullptr);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t position = position_of_row + (first + r) / shape.shared;
@@ -109,12 +111,11 @@ static void score_group(const Attention& a, const AttentionShape& shape, const U
   }
 }
 
-// Few queries and one tile: keys through the first-level cache, values where they are. Each is
-// asked for while the other is worked on. `fresh`: the queries are not those of the tile before.
+// Few queries and one tile: keys through the first-level cache, values where they are. The tile
+// after it is asked for meanwhile. `fresh`: the queries are not those of the tile before.
 template <class T>
 static void attend_tile(const Attention& a, const AttentionShape& shape, const Unit& unit,
-                        const TileRows<T>& rows, const TileRows<T>* next, bool fresh,
-                        const Workbench<T>& bench, float* partials) {
+                        const TileRows<T>& rows, bool fresh, Workbench<T>& bench, float* partials) {
   for (int64_t first = 0; first < rows.used; first += kPanel) {
     pack_keys(reinterpret_cast<const uint32_t* const*>(rows.keys + first), shape.head_units,
               bench.keys + first * shape.head_units);
@@ -122,13 +123,14 @@ static void attend_tile(const Attention& a, const AttentionShape& shape, const U
   const int64_t units = (rows.used + kPerUnit<T> - 1) / kPerUnit<T>;
   const int64_t size = Workbench<T>::partial_size(shape.columns);
   const Groups groups(unit.num_rows * shape.shared, kMaxRows);
-  const T* const* ahead = next != nullptr && next->padded >= rows.padded ? next->keys : rows.values;
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t first = groups.start(group), count = groups.size(group);
     float maxima[kMaxRows], sums[kMaxRows];
     if (fresh || groups.count > 1) gather_query<T>(a, shape, unit, first, count, bench.query);
-    score_group<T, FetchingRows>(a, shape, unit, unit.first_tile, rows, first, count, bench, maxima, sums);
+    score_group<T, FetchingLines>(a, shape, unit, unit.first_tile, rows, first, count, bench.query,
+                                  bench, maxima, sums);
     for (int64_t column = 0; column < a.head_dim; column += kPanel) {
+      const void* const* ahead = bench.ahead.take(units);
       with_rows(count, [&](auto constant) {
         ValueTile<T, constant.value>::run(bench.weights, rows.values, ahead, units, column,
                                           least_of(kPanel, a.head_dim - column),
@@ -140,6 +142,7 @@ static void attend_tile(const Attention& a, const AttentionShape& shape, const U
                   bench.found + r * kPanel, kMaxRows * kPanel, shape.columns);
     }
   }
+  bench.ahead.finish();
 }
 
 static inline int64_t keys_end(const Attention& a, const Unit& unit) {
@@ -148,20 +151,52 @@ static inline int64_t keys_end(const Attention& a, const Unit& unit) {
   return batch.context_lens[unit.sequence] - chunk + unit.first_row + unit.num_rows;
 }
 
-// A run of units of few queries. While one is worked on, the next one's rows are on their way.
-template <class T>
-static void attend_run(const Attention& a, const AttentionShape& shape, const Unit* units,
-                       int64_t count, Workbench<T>& bench, float* partials) {
-  find_rows(a, units[0], units[0].first_tile, keys_end(a, units[0]), bench.rows[0]);
-  prefetch_rows(bench.rows[0].keys, 0, bench.rows[0].used, a.head_dim);
-  for (int64_t i = 0; i < count; ++i) {
-    TileRows<T>* next = i + 1 < count ? &bench.rows[(i + 1) % 2] : nullptr;
-    if (next != nullptr) {
-      find_rows(a, units[i + 1], units[i + 1].first_tile, keys_end(a, units[i + 1]), *next);
+// The units of few queries that one thread works on: run after run, as they are handed out.
+struct Runs {
+  Member& member;
+  const UnitList& list;
+  int64_t first_task;  // the number of the first run among the tasks
+  int64_t at, end;     // of the run in hand
+
+  void take(int64_t task) {
+    at = (task - first_task) * list.run;
+    end = least_of(at + list.run, list.split_units);
+  }
+  // The next unit, or -1.
+  int64_t next() {
+    if (at >= end) {
+      const int64_t task = member.next();
+      if (task < 0) return -1;
+      take(task);
     }
-    const bool fresh = i == 0 || units[i].sequence != units[i - 1].sequence ||
-                       units[i].kv_head != units[i - 1].kv_head;
-    attend_tile<T>(a, shape, units[i], bench.rows[i % 2], next, fresh, bench, partials);
+    return at++;
+  }
+};
+
+// All units of few queries that the thread gets. While one is worked on, the next is on its way.
+template <class T>
+static void attend_runs(const Attention& a, const AttentionShape& shape, const Unit* units,
+                        Runs& runs, Workbench<T>& bench, float* partials) {
+  const int64_t width = a.head_dim * static_cast<int64_t>(sizeof(T));
+  const Unit* before = nullptr;
+  int64_t i = runs.next();
+  find_rows(a, units[i], units[i].first_tile, keys_end(a, units[i]), bench.rows[0]);
+  bench.ahead.set(bench.rows[0], width);
+  bench.ahead.finish();
+  for (int side = 0; i >= 0; side = 1 - side) {
+    const Unit& unit = units[i];
+    const bool ends_run = runs.at == runs.end;
+    i = runs.next();
+    bench.ahead.clear();
+    if (i >= 0) {
+      find_rows(a, units[i], units[i].first_tile, keys_end(a, units[i]), bench.rows[1 - side]);
+      bench.ahead.set(bench.rows[1 - side], width);
+    }
+    const bool fresh = before == nullptr || unit.sequence != before->sequence ||
+                       unit.kv_head != before->kv_head;
+    attend_tile<T>(a, shape, unit, bench.rows[side], fresh, bench, partials);
+    before = &unit;
+    if (ends_run) runs.member.completed(1);
   }
 }
 
@@ -178,6 +213,10 @@ static void attend_chunk(const Attention& a, const AttentionShape& shape, const 
     at[0] = -__builtin_inff();
   }
   const Groups groups(rows, kMaxRows);
+  for (int64_t group = 0; group < groups.count; ++group) {
+    const int64_t first = groups.start(group);
+    gather_query<T>(a, shape, unit, first, groups.size(group), bench.query + first * shape.head_units);
+  }
   for (int64_t tile = unit.first_tile; tile < unit.first_tile + unit.num_tiles; ++tile) {
     find_rows(a, unit, tile, keys_end(a, unit), tile_rows);
     prefetch_rows(tile_rows.keys, 0, tile_rows.used, a.head_dim);
@@ -191,8 +230,8 @@ static void attend_chunk(const Attention& a, const AttentionShape& shape, const 
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t first = groups.start(group), count = groups.size(group);
       float maxima[kMaxRows], sums[kMaxRows];
-      gather_query<T>(a, shape, unit, first, count, bench.query);
-      score_group<T, FromCache>(a, shape, unit, tile, tile_rows, first, count, bench, maxima, sums);
+      score_group<T, FromCache>(a, shape, unit, tile, tile_rows, first, count,
+                                bench.query + first * shape.head_units, bench, maxima, sums);
       for (int64_t panel = 0; panel < shape.columns / kPanel; ++panel) {
         run_tile<T, RowsApart<kUnits>>(count, bench.weights, bench.values + panel * kUnits * kPanel,
                                    units, bench.found + panel * kMaxRows * kPanel);
@@ -226,50 +265,4 @@ static void merge_tiles(const Attention& a, const AttentionShape& shape, const M
     write_out<T>(a, a.batch->query_starts[m.sequence] + row / shape.shared,
                  m.kv_head * shape.shared + row % shape.shared, into + row * size);
   }
-}
-
-template <class T>
-static int64_t bench_floats(const Attention& a, const AttentionShape& shape) {
-  return Workbench<T>::floats(shape, chunk_rows(a) * shape.shared);
-}
-
-// Make room for a batch and list its units. One thread, before `attention_phase`.
-template <class T>
-static UnitList prepare_attention(Scratch& scratch, const Attention& a, int threads) {
-  const AttentionShape shape = shape_of<T>(a);
-  const UnitList list = list_units(a, threads, nullptr, nullptr);
-  scratch.units.reserve((list.units + 1) * static_cast<int64_t>(sizeof(Unit)));
-  scratch.merges.reserve((list.merges + 1) * static_cast<int64_t>(sizeof(Merge)));
-  scratch.partials.reserve((list.partials * Workbench<T>::partial_size(shape.columns) + 1) * 4);
-  scratch.per_thread.reserve(threads * bench_floats<T>(a, shape) * 4);
-  return list_units(a, threads, scratch.units.as<Unit>(), scratch.merges.as<Merge>());
-}
-
-// All threads; ends with a barrier.
-template <class T>
-static void attention_phase(Member& member, Scratch& scratch, const Attention& a, UnitList list) {
-  const AttentionShape shape = shape_of<T>(a);
-  const Unit* units = scratch.units.as<Unit>();
-  float* partials = scratch.partials.as<float>();
-  Workbench<T> bench(scratch.per_thread.as<float>() + member.index() * bench_floats<T>(a, shape),
-                     shape);
-  const int64_t chunks = list.units - list.split_units;
-  const int64_t runs = (list.split_units + list.run - 1) / list.run;
-  member.open();
-  for (int64_t i; (i = member.next()) < chunks + runs;) {
-    if (i < chunks) {
-      attend_chunk<T>(a, shape, units[list.split_units + i], bench);
-    } else {
-      const int64_t from = (i - chunks) * list.run;
-      attend_run<T>(a, shape, units + from, least_of(list.run, list.split_units - from), bench,
-                    partials);
-    }
-  }
-  member.barrier();
-  if (list.merges == 0) return;
-  member.open();
-  for (int64_t i; (i = member.next()) < list.merges;) {
-    merge_tiles<T>(a, shape, scratch.merges.as<Merge>()[i], partials);
-  }
-  member.barrier();
 }

@@ -46,9 +46,11 @@ static inline void prefetch_rows(const T* const* rows, int64_t from, int64_t to,
 }
 
 #if VW == 16
-static void transpose_16(const uint32_t* const* rows, int64_t offset, uint32_t* to) {
+// Put units [offset, offset + count) of 16 rows, count up to 16, into columns: to[unit][row].
+static void transpose_16(const uint32_t* const* rows, int64_t offset, int64_t count, uint32_t* to) {
+  const __mmask16 kept = static_cast<__mmask16>((1u << count) - 1);
   __m512i in[16], out[16];
-  for (int i = 0; i < 16; ++i) in[i] = _mm512_loadu_si512(rows[i] + offset);
+  for (int i = 0; i < 16; ++i) in[i] = _mm512_maskz_loadu_epi32(kept, rows[i] + offset);
   for (int i = 0; i < 16; i += 2) {
     out[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
     out[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
@@ -66,24 +68,28 @@ static void transpose_16(const uint32_t* const* rows, int64_t offset, uint32_t* 
     out[i + 12] = _mm512_shuffle_i32x4(in[i + 8], in[i + 12], 0xdd);
   }
   for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(to + i * kPanel, _mm512_shuffle_i32x4(out[i], out[i + 8], 0x88));
-    _mm512_storeu_si512(to + (i + 8) * kPanel, _mm512_shuffle_i32x4(out[i], out[i + 8], 0xdd));
+    in[i] = _mm512_shuffle_i32x4(out[i], out[i + 8], 0x88);
+    in[i + 8] = _mm512_shuffle_i32x4(out[i], out[i + 8], 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) {
+    if (i < count) _mm512_storeu_si512(to + i * kPanel, in[i]);
   }
 }
 #endif
 
 // Lay the keys at rows[0..32) out as one panel, [head units][32].
 static void pack_keys(const uint32_t* const* rows, int64_t units, uint32_t* panel) {
-  int64_t done = 0;
 #if VW == 16
-  for (; done + 16 <= units; done += 16) {
-    transpose_16(rows, done, panel + done * kPanel);
-    transpose_16(rows + 16, done, panel + done * kPanel + 16);
+  for (int64_t done = 0; done < units; done += 16) {
+    const int64_t count = units - done < 16 ? units - done : 16;
+    transpose_16(rows, done, count, panel + done * kPanel);
+    transpose_16(rows + 16, done, count, panel + done * kPanel + 16);
+  }
+#else
+  for (int key = 0; key < kPanel; ++key) {
+    for (int64_t k = 0; k < units; ++k) panel[k * kPanel + key] = rows[key][k];
   }
 #endif
-  for (int key = 0; key < kPanel; ++key) {
-    for (int64_t k = done; k < units; ++k) panel[k * kPanel + key] = rows[key][k];
-  }
 }
 
 // One unit row of a panel over columns of a head: the values of the keys that share a unit.
@@ -133,24 +139,23 @@ static inline const T* whole_columns(const T* row, int64_t count, T* copy) {
 }
 
 // tile [R][32] = the weights of R rows, [R][units of a tile], times one panel's columns of values.
-// Asks memory for the same columns of `ahead`.
+// Asks memory for two lines of `ahead` at every step.
 template <class T, int R>
 struct ValueTile {
-  static void run(const uint32_t* weights, const T* const* values, const T* const* ahead,
+  static void run(const uint32_t* weights, const T* const* values, const void* const* ahead,
                   int64_t units, int64_t column, int64_t count, float* tile);
 };
 
 #if defined(TANDEM_DPBF16)
 template <int R>
 struct ValueTile<bf16, R> {
-  static void run(const uint32_t* weights, const bf16* const* values, const bf16* const* ahead,
+  static void run(const uint32_t* weights, const bf16* const* values, const void* const* ahead,
                   int64_t units, int64_t column, int64_t count, float* tile) {
     __m512 low[R], high[R];
     for (int r = 0; r < R; ++r) low[r] = high[r] = _mm512_setzero_ps();
     const __mmask32 mask = count == kPanel ? ~0u : (1u << count) - 1;
     for (int64_t k = 0; k < units; ++k) {
-      __builtin_prefetch(ahead[2 * k] + column);
-      __builtin_prefetch(ahead[2 * k + 1] + column);
+      FetchingLines::look_ahead(nullptr, ahead, k);
       const __m512i a = _mm512_maskz_loadu_epi16(mask, values[2 * k] + column);
       const __m512i b = _mm512_maskz_loadu_epi16(mask, values[2 * k + 1] + column);
       // Pairs of columns 0-3, 8-11, ... and of columns 4-7, 12-15, ...
@@ -176,15 +181,14 @@ struct ValueTile<bf16, R> {
 #else
 template <int R>
 struct ValueTile<bf16, R> {
-  static void run(const uint32_t* weights, const bf16* const* values, const bf16* const* ahead,
+  static void run(const uint32_t* weights, const bf16* const* values, const void* const* ahead,
                   int64_t units, int64_t column, int64_t count, float* tile) {
     vf sum[R][kLanes];
     bf16 copies[2][kPanel];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kLanes; ++v) sum[r][v] = vf{};
     for (int64_t k = 0; k < units; ++k) {
-      __builtin_prefetch(ahead[2 * k] + column);
-      __builtin_prefetch(ahead[2 * k + 1] + column);
+      FetchingLines::look_ahead(nullptr, ahead, k);
       const bf16* a = whole_columns(values[2 * k] + column, count, copies[0]);
       const bf16* b = whole_columns(values[2 * k + 1] + column, count, copies[1]);
 #pragma GCC unroll 8
@@ -206,7 +210,7 @@ struct ValueTile<bf16, R> {
 
 template <int R>
 struct ValueTile<float, R> {
-  static void run(const uint32_t* weights, const float* const* values, const float* const* ahead,
+  static void run(const uint32_t* weights, const float* const* values, const void* const* ahead,
                   int64_t units, int64_t column, int64_t count, float* tile) {
     vf sum[R][kLanes];
     float copy[kPanel];
@@ -214,8 +218,7 @@ struct ValueTile<float, R> {
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kLanes; ++v) sum[r][v] = vf{};
     for (int64_t k = 0; k < units; ++k) {
-      __builtin_prefetch(ahead[k] + column);
-      __builtin_prefetch(ahead[k] + column + 16);
+      FetchingLines::look_ahead(nullptr, ahead, k);
       const float* row = whole_columns(values[k] + column, count, copy);
       vf columns[kLanes];
 #pragma GCC unroll 8

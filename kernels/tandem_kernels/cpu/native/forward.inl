@@ -1,13 +1,19 @@
-// A range of layers in one region: the threads meet at barriers, not in the caller.
+// A range of layers in one region: the threads go from phase to phase, not through the caller.
 
 template <class T>
 struct ForwardState {
   Scratch& scratch;
   const Forward& f;
-  UnitList units;
-  int64_t units_window;
-  Attention attention;
+  int64_t num_windows;
+  Attention attention;  // of a layer all but keys, values and window
 };
+
+// The entry for a window in an array of `count`; its end where there is none.
+static inline WindowUnits* find_window(WindowUnits* windows, int64_t count, int64_t window) {
+  int64_t i = 0;
+  while (i < count && windows[i].window != window) ++i;
+  return windows + i;
+}
 
 // Keep only the wanted rows, in their order, of `residual` and `seen`.
 template <class T>
@@ -28,7 +34,7 @@ static void gather_rows(Scratch& scratch, const Forward& f) {
 }
 
 template <class T>
-static void layer_phases(Member& member, ForwardState<T>& state, int64_t index) {
+static void layer_phases(Member& member, const ForwardState<T>& state, int64_t index) {
   const Forward& f = state.f;
   const TandemModel& model = *f.model;
   const TandemLayer& layer = model.layers[index];
@@ -42,24 +48,19 @@ static void layer_phases(Member& member, ForwardState<T>& state, int64_t index) 
 
   norm_phase<T>(member, residual, layer.attention_norm, rows, model.hidden, eps, normed);
   linear_phase<T, false>(member, scratch, layer.qkv, normed, rows, scratch.projected.as<float>());
-  if (member.index() == 0) {
-    state.attention.keys = keys;
-    state.attention.values = keys + cache_layer;
-    state.attention.window = layer.window;
-    if (state.units_window != layer.window) {
-      state.units = prepare_attention<T>(scratch, state.attention, member.size());
-      state.units_window = layer.window;
-    }
-  }
-  rotary_kv_phase<T>(member, model, layer, *f.batch, scratch.projected.as<float>(),
+  rotary_kv_phase<T>(member, model, layer, *f.batch, scratch.angles.as<float>(), scratch.projected.as<float>(),
                      scratch.query.as<T>(), keys, keys + cache_layer);
   const bool last = index == model.num_layers - 1;
   if (last && f.num_wanted == 0) return;
-  attention_phase<T>(member, scratch, state.attention, state.units);
+  Attention attention = state.attention;
+  attention.keys = keys;
+  attention.values = keys + cache_layer;
+  attention.window = layer.window;
+  attention_phase<T>(member, scratch, attention,
+                     *find_window(scratch.windows.as<WindowUnits>(), state.num_windows, layer.window));
   if (last && f.num_wanted >= 0) {
-    if (member.index() == 0) gather_rows<T>(scratch, f);
+    member.phase(1, [&](int64_t) { gather_rows<T>(scratch, f); });
     rows = f.num_wanted;
-    member.barrier();
   }
   linear_phase<T, true>(member, scratch, layer.output, scratch.seen.as<T>(), rows, residual);
   norm_phase<T>(member, residual, layer.feed_forward_norm, rows, model.hidden, eps, normed);
@@ -73,14 +74,14 @@ static void layer_phases(Member& member, ForwardState<T>& state, int64_t index) 
 
 template <class T>
 static void forward_region(Member& member, void* argument) {
-  ForwardState<T>& state = *static_cast<ForwardState<T>*>(argument);
+  const ForwardState<T>& state = *static_cast<const ForwardState<T>*>(argument);
   const Forward& f = state.f;
+  angle_phase(member, *f.model, *f.batch, state.scratch.angles.template as<float>());
   if (f.first_layer == 0) {
     float* residual = state.scratch.residual.template as<float>();
-    for (int64_t row = member.index(); row < f.batch->num_tokens; row += member.size()) {
+    row_phase(member, f.batch->num_tokens, [&](int64_t row) {
       unpack_row<T>(f.model->embedding, f.token_ids[row], residual + row * f.model->hidden);
-    }
-    member.barrier();
+    });
   }
   for (int64_t index = f.first_layer; index < f.first_layer + f.num_layers; ++index) {
     layer_phases<T>(member, state, index);
@@ -96,18 +97,26 @@ static void run_forward(Team& team, Scratch& scratch, const Forward& f) {
   if (attended > widest) widest = attended;
   if (f.first_layer == 0) scratch.residual.reserve(rows * m.hidden * 4);
   scratch.normed.reserve(rows * m.hidden * size);
+  scratch.angles.reserve(rows * m.head_dim * 4);
   scratch.projected.reserve(rows * (m.heads + 2 * m.kv_heads) * m.head_dim * 4);
   scratch.query.reserve(rows * attended * size);
   scratch.seen.reserve(rows * attended * size);
   scratch.inner.reserve(rows * m.inner * size);
   scratch.packed.reserve(packed_bytes<T>(rows, widest));
   if (f.num_wanted >= 0) scratch.gathered.reserve(f.num_wanted * (m.hidden * 4 + attended * size) + 64);
-  ForwardState<T> state{scratch, f, {}, -1, {}};
+  ForwardState<T> state{scratch, f, 0, {}};
   state.attention = {f.batch, scratch.query.as<T>(), nullptr, nullptr, scratch.seen.as<T>(),
                      m.heads, m.kv_heads, m.head_dim,
                      1.0f / __builtin_sqrtf(static_cast<float>(m.head_dim)), 0};
-  // Without a window the list is longest: inside the region nothing allocates, so nothing throws.
-  state.units = prepare_attention<T>(scratch, state.attention, team.size());
-  state.units_window = 0;
+  scratch.windows.reserve(f.num_layers * static_cast<int64_t>(sizeof(WindowUnits)));
+  WindowUnits* windows = scratch.windows.as<WindowUnits>();
+  for (int64_t i = f.first_layer; i < f.first_layer + f.num_layers; ++i) {
+    WindowUnits* found = find_window(windows, state.num_windows, m.layers[i].window);
+    if (found == windows + state.num_windows) {
+      *found = {m.layers[i].window, {}, 0, 0};
+      ++state.num_windows;
+    }
+  }
+  prepare_attention<T>(scratch, state.attention, team.size(), windows, state.num_windows);
   team.run(forward_region<T>, &state);
 }

@@ -63,13 +63,15 @@ class Buffer {
 struct Scratch {
   Buffer residual;   // float32 [tokens, hidden]
   Buffer normed;     // T [tokens, hidden]
+  Buffer angles;     // float32 [tokens, head_dim]
   Buffer projected;  // float32 [tokens, qkv outputs]
   Buffer query;      // T [tokens, heads * head_dim]
   Buffer seen;       // T [tokens, heads * head_dim]
   Buffer inner;      // T [tokens, inner]
   Buffer packed;     // the input of a linear layer, in groups of rows
-  Buffer units;      // the work list of attention
-  Buffer merges;     // the list of what is merged after it
+  Buffer windows;    // the different windows of the layers, and where in the two below theirs is
+  Buffer units;      // the work lists of attention
+  Buffer merges;     // the lists of what is merged after it
   Buffer partials;   // what attention found in each tile of keys
   Buffer gathered;   // rows that the last layer keeps
   Buffer per_thread;
@@ -124,7 +126,7 @@ struct Kernels {
                       int64_t rows, void* out);
   void (*rms_norm)(Team&, int64_t dtype, const float* x, const void* weight, int64_t rows,
                    int64_t width, float eps, void* out);
-  void (*rotary_kv_write)(Team&, const TandemModel&, const TandemLayer&, const TandemBatch&,
+  void (*rotary_kv_write)(Team&, Scratch&, const TandemModel&, const TandemLayer&, const TandemBatch&,
                           const float* projected, void* query, void* keys, void* values);
   void (*attention)(Team&, Scratch&, int64_t dtype, const Attention&);
   void (*forward)(Team&, Scratch&, const Forward&);

@@ -24,8 +24,10 @@ constexpr int kMaxRows = TANDEM_MAX_ROWS;
 
 #include "attention_units.inl"
 #include "attention_tiles.inl"
+#include "attention_lookahead.inl"
 #include "attention_partials.inl"
 #include "attention.inl"
+#include "attention_phase.inl"
 #include "layers.inl"
 #include "forward.inl"
 #include "truncation.inl"
@@ -99,6 +101,7 @@ void rms_norm(Team& team, int64_t dtype, const float* x, const void* weight, int
 }
 
 struct RotaryCall {
+  float* angles;
   const TandemModel& model;
   const TandemLayer& layer;
   const TandemBatch& batch;
@@ -109,21 +112,23 @@ struct RotaryCall {
 template <class T>
 void rotary_region(Member& member, void* argument) {
   const RotaryCall& c = *static_cast<const RotaryCall*>(argument);
-  rotary_kv_phase<T>(member, c.model, c.layer, c.batch, c.projected, static_cast<T*>(c.query),
+  angle_phase(member, c.model, c.batch, c.angles);
+  rotary_kv_phase<T>(member, c.model, c.layer, c.batch, c.angles, c.projected, static_cast<T*>(c.query),
                      static_cast<T*>(c.keys), static_cast<T*>(c.values));
 }
 
-void rotary_kv_write(Team& team, const TandemModel& model, const TandemLayer& layer,
+void rotary_kv_write(Team& team, Scratch& scratch, const TandemModel& model, const TandemLayer& layer,
                      const TandemBatch& batch, const float* projected, void* query, void* keys,
                      void* values) {
-  RotaryCall call{model, layer, batch, projected, query, keys, values};
+  scratch.angles.reserve(batch.num_tokens * model.head_dim * 4);
+  RotaryCall call{scratch.angles.as<float>(), model, layer, batch, projected, query, keys, values};
   team.run(model.dtype == TANDEM_BFLOAT16 ? rotary_region<bf16> : rotary_region<float>, &call);
 }
 
 struct AttentionCall {
   Scratch& scratch;
   const Attention& attention;
-  UnitList units;
+  WindowUnits units;
 };
 
 template <class T>
@@ -134,7 +139,8 @@ void attention_region(Member& member, void* argument) {
 
 template <class T>
 void run_attention(Team& team, Scratch& scratch, const Attention& attention) {
-  AttentionCall call{scratch, attention, prepare_attention<T>(scratch, attention, team.size())};
+  AttentionCall call{scratch, attention, {attention.window, {}, 0, 0}};
+  prepare_attention<T>(scratch, attention, team.size(), &call.units, 1);
   team.run(attention_region<T>, &call);
 }
 

@@ -17,18 +17,17 @@ struct VectorProducts {
     run_tile<T, FromMemory>(rows, x, panel, units, tile);
   }
 
-  // Bring the rows of x [rows][inputs] into groups. All threads; ends with a barrier.
+  // Bring the rows of x [rows][inputs] into groups. All threads; one phase.
   static const uint32_t* pack(Member& member, const uint32_t* x, const Groups& groups, int64_t units,
                               uint32_t* packed) {
     if (groups.rows == 1) return x;
     constexpr int64_t kSpan = 512;
     const int64_t spans = (units + kSpan - 1) / kSpan;
-    for (int64_t task = member.index(); task < groups.count * spans; task += member.size()) {
+    member.phase(groups.count * spans, [&](int64_t task) {
       const int64_t group = task / spans, from = task % spans * kSpan, start = groups.start(group);
       interleave(x + start * units, groups.size(group), units, from,
                  from + kSpan < units ? from + kSpan : units, packed + start * units);
-    }
-    member.barrier();
+    });
     return packed;
   }
 
@@ -100,7 +99,7 @@ static void put_tile(const TandemLinear& linear, const float* tile, int64_t rows
   }
 }
 
-// out [rows, outputs] = x W^T + bias, or out += it. All threads; ends with a barrier.
+// out [rows, outputs] = x W^T + bias, or out += it. All threads, in phases.
 template <class T, bool Add>
 static void linear_phase(Member& member, Scratch& scratch, const TandemLinear& linear,
                          const void* x, int64_t rows, float* out) {
@@ -112,8 +111,8 @@ static void linear_phase(Member& member, Scratch& scratch, const TandemLinear& l
                                          scratch.packed.as<uint32_t>());
   const int64_t step = panels_per_task(panels, units, groups.count > 1, member.size());
   alignas(64) float tile[Products<T>::kRows * kPanel];
-  member.open();
-  for (int64_t first; (first = member.next() * step) < panels;) {
+  member.phase((panels + step - 1) / step, [&](int64_t task) {
+    const int64_t first = task * step;
     const int64_t end = first + step < panels ? first + step : panels;
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t start = groups.start(group), size = groups.size(group);
@@ -123,8 +122,7 @@ static void linear_phase(Member& member, Scratch& scratch, const TandemLinear& l
         put_tile<T, Add>(linear, tile, size, panel * kPanel, out + start * linear.outputs);
       }
     }
-  }
-  member.barrier();
+  });
 }
 
 // Put silu(gate) * up of two tiles into out [..., width].
@@ -149,7 +147,7 @@ static void put_gated(const TandemLinear& linear, float* gate, float* up, int64_
   }
 }
 
-// out [rows, outputs / 2] = silu(gate) * up, the panels of gate and up in turn. Ends with a barrier.
+// out [rows, outputs / 2] = silu(gate) * up, the panels of gate and up in turn. All threads, in phases.
 template <class T>
 static void gated_phase(Member& member, Scratch& scratch, const TandemLinear& linear, const void* x,
                         int64_t rows, T* out) {
@@ -162,8 +160,8 @@ static void gated_phase(Member& member, Scratch& scratch, const TandemLinear& li
   const int64_t step = panels_per_task(pairs, 2 * units, groups.count > 1, member.size());
   alignas(64) float gate[Products<T>::kRows * kPanel];
   alignas(64) float up[Products<T>::kRows * kPanel];
-  member.open();
-  for (int64_t first; (first = member.next() * step) < pairs;) {
+  member.phase((pairs + step - 1) / step, [&](int64_t task) {
+    const int64_t first = task * step;
     const int64_t end = first + step < pairs ? first + step : pairs;
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t start = groups.start(group), size = groups.size(group);
@@ -175,8 +173,7 @@ static void gated_phase(Member& member, Scratch& scratch, const TandemLinear& li
         put_gated<T>(linear, gate, up, size, pair * kPanel, out + start * width);
       }
     }
-  }
-  member.barrier();
+  });
 }
 
 // Lay rows [outputs, inputs] of a weight out in every panel_step-th panel from first_panel on.

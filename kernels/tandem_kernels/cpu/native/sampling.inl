@@ -95,34 +95,28 @@ static void choose_region(Member& member, void* argument) {
   const Draw& d = *static_cast<const Draw*>(argument);
   const Choice& c = d.choice;
   const int64_t spans = spans_of(c.vocab);
-  member.open();
-  for (int64_t task; (task = member.next()) < c.rows * spans;) {
+  member.phase(c.rows * spans, [&](int64_t task) {
     const int64_t from = task % spans * kSpan;
     d.found[task] = likeliest(c.logits + task / spans * c.vocab, from, least_of(from + kSpan, c.vocab));
-  }
-  member.barrier();
+  });
   if (c.temperatures == nullptr) {
     if (member.index() != 0) return;
     for (int64_t row = 0; row < c.rows; ++row) c.out[row] = best_of(d.found + row * spans, spans).index;
     return;
   }
   if (d.lowest != nullptr) {
-    member.open();
-    for (int64_t row; (row = member.next()) < c.rows;) {
+    member.phase(c.rows, [&](int64_t row) {
       d.lowest[row] = lowest_kept(c, row, best_of(d.found + row * spans, spans).value,
                                   d.scratch + member.index() * 3 * c.vocab);
-    }
-    member.barrier();
+    });
   }
   Best* drawn = d.found + c.rows * spans;
-  member.open();
-  for (int64_t task; (task = member.next()) < c.rows * spans;) {
+  member.phase(c.rows * spans, [&](int64_t task) {
     const int64_t row = task / spans, from = task % spans * kSpan;
     const float most = best_of(d.found + row * spans, spans).value;
     const float lowest = d.lowest == nullptr ? -__builtin_inff() : d.lowest[row];
     drawn[task] = draw_span(c, row, most, lowest, from, least_of(from + kSpan, c.vocab));
-  }
-  member.barrier();
+  });
   if (member.index() != 0) return;
   for (int64_t row = 0; row < c.rows; ++row) c.out[row] = best_of(drawn + row * spans, spans).index;
 }

@@ -81,14 +81,13 @@ struct TiledProducts {
   void operator()(int64_t rows, const uint32_t* x, const uint32_t* panel, int64_t units, float* out) {
     tiled_product(tiles_, rows, x, panel, units, out);
   }
-  // All threads; ends with a barrier.
+  // All threads; one phase.
   static const uint32_t* pack(Member& member, const uint32_t* x, const Groups& groups, int64_t units,
                               uint32_t* packed) {
-    for (int64_t group = member.index(); group < groups.count; group += member.size()) {
+    member.phase(groups.count, [&](int64_t group) {
       pad_rows(x + groups.start(group) * units, groups.size(group), units,
                packed + offset(groups, group, units));
-    }
-    member.barrier();
+    });
     return packed;
   }
 

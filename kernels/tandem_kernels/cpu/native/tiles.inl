@@ -11,6 +11,7 @@ constexpr int kLanes = kPanel / VW;  // vectors across a panel
 // fill the core's miss buffers and stop it.
 struct FromMemory {  // a panel that is streamed: the processor's own prefetcher stops at page ends
   static constexpr int64_t kStep = 0;
+  static constexpr bool kLooksAhead = false;
   static inline void look_ahead(const uint32_t* panel, const void* const*, int64_t k) {
     __builtin_prefetch(panel + k * kPanel + 2048);
     __builtin_prefetch(panel + k * kPanel + 2048 + 16);
@@ -18,19 +19,21 @@ struct FromMemory {  // a panel that is streamed: the processor's own prefetcher
 };
 struct FromCache {
   static constexpr int64_t kStep = 0;
+  static constexpr bool kLooksAhead = false;
   static inline void look_ahead(const uint32_t*, const void* const*, int64_t) {}
 };
-struct FetchingRows {  // a panel in the cache; `ahead` are 32 rows, as long as the panel's columns
+struct FetchingLines {  // a panel in the cache; `ahead` are two lines for every step
   static constexpr int64_t kStep = 0;
+  static constexpr bool kLooksAhead = true;
   static inline void look_ahead(const uint32_t*, const void* const* ahead, int64_t k) {
-    const char* line = static_cast<const char*>(ahead[k % kPanel]) + k / kPanel * 128;
-    __builtin_prefetch(line);
-    __builtin_prefetch(line + 64);
+    __builtin_prefetch(ahead[2 * k]);
+    __builtin_prefetch(ahead[2 * k + 1]);
   }
 };
 template <int64_t Step>
 struct RowsApart {
   static constexpr int64_t kStep = Step;
+  static constexpr bool kLooksAhead = false;
   static inline void look_ahead(const uint32_t*, const void* const*, int64_t) {}
 };
 
