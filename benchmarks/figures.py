@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-OURS, THEIRS = ("#0b6e4f", "#2a9d8f", "#8ab17d"), ("#b5483a", "#e08a5b", "#8d8d8d")
+OURS, THEIRS = ("#0b6e4f", "#2a9d8f", "#8ab17d", "#4a7fb5"), ("#b5483a", "#e08a5b", "#8d8d8d")
 SETTINGS = {
     "svg.hashsalt": "tandem",
     "font.size": 9,

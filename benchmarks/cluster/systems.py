@@ -110,9 +110,9 @@ _SPLIT: dict[str, Any] = {
     "worker": {"disaggregated": True, "threads": 1},
     "controller": {"prefill_workers": 1, "decode_workers": 1},
 }
-_NO_LENDING: dict[str, Any] = (
-    {"lending": {"mode": "threshold"}} if "lending" in TandemConfig.model_fields else {}
-)
+_NO_LENDING: dict[str, Any] = {"lending": {"mode": "threshold"}}
+_OBJECTIVE: dict[str, Any] = {"itl_objective": 0.1}
+"""A little less than the mean TPOT that the load's objectives allow."""
 _TOGETHER: dict[str, Any] = {
     "worker": {"disaggregated": False, "threads": 2},
     "controller": {"prefill_workers": 0, "decode_workers": 1},
@@ -123,11 +123,18 @@ SYSTEMS = (
         "tandem-lending",
         "Tandem, apart, lending slack",
         "1 + 1",
-        _tandem(**_SPLIT, lending={"mode": "measured"}),
+        _tandem(**_SPLIT, lending={"mode": "measured"}, scheduler=_OBJECTIVE),
         split=True,
     ),
     System("tandem", "Tandem, apart", "1 + 1", _tandem(**_SPLIT, **_NO_LENDING), split=True),
     System("tandem-colocated", "Tandem, colocated", "2", _tandem(**_TOGETHER), split=False),
+    System(
+        "tandem-auto-chunk",
+        "Tandem, colocated, auto_chunk",
+        "2",
+        _tandem(**_TOGETHER, scheduler={"policy": "auto_chunk", **_OBJECTIVE}),
+        split=False,
+    ),
     System("vllm", "vLLM, colocated", "2", _vllm_colocated, split=False),
     System("vllm-pair", "vLLM, apart over NIXL", "1 + 1", _vllm_pair, split=True),
 )
