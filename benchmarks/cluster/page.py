@@ -109,7 +109,7 @@ def footnote(rows: Rows, load: Mapping[str, Any]) -> str:
         f"same cores; its timers were late by at most {lag * 1000:.0f} ms (p99). Other programs "
         f"took at most {foreign:.0%} of the machine. Measured {' and '.join(dates)}."
     )
-    return "\n".join(lines[:-1]) + "\n\n" + lines[-1]
+    return "\n".join([*lines[:-1], "", lines[-1]]).strip()
 
 
 def _cells(figures: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """`make bench-peers`: Tandem and other engines on one machine, in turn, with one table and plot.
 
-Each engine starts once per model, is warmed up, and then has its turns; between them it is frozen.
-The order of a round begins with another engine each time, so that what disturbs the machine
+Each engine starts once per model and has its turns, warmed up before each; between them it is
+frozen. The order of a round begins with another engine each time, so that what disturbs the machine
 disturbs all alike. Results are kept in benchmarks/measured/peers.json and shown by
 docs/performance.md; engines that are not measured this time keep their rows.
 """
@@ -85,9 +85,8 @@ class Table:
         )
         if peer.key in self._sessions:
             session.thaw()
-        else:
-            self._warm_up(session)
-            self._sessions[peer.key] = session
+        self._sessions[peer.key] = session
+        self._warm_up(session)  # after a pause too: others have had the caches meanwhile
         yield session
         session.freeze()
 
