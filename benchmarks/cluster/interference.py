@@ -52,9 +52,10 @@ def plan_streams(vocab_size: int, seed: str) -> list[PlannedRequest]:
     ]
 
 
-def plan_long_prompts(vocab_size: int, at: float) -> list[PlannedRequest]:
-    """Return the prompts that keep the prefill worker busy from `at` on."""
-    rng = random.Random("long prompts")
+def plan_long_prompts(vocab_size: int, at: float, seed: str) -> list[PlannedRequest]:
+    """Return the prompts that keep the prefill worker busy from `at` on; none has been seen before
+    with another seed."""
+    rng = random.Random(seed)
     return [
         PlannedRequest(
             STREAMS + index, at, random_prompt(rng, LONG_LENGTH, vocab_size), 1, shared=False

@@ -36,7 +36,7 @@ def update_pages(results: Mapping[str, Any]) -> None:
             "cluster": "\n\n".join(
                 (picture(PERFORMANCE), render_table(rows), footnote(rows, results["load"]))
             ),
-            "interference": render_interference(rows),
+            "interference": render_interference(results.get("interference", {})),
         },
     )
     headline = f"{picture(README)}\n\n{render_headline(rows)}"
@@ -73,14 +73,16 @@ def render_headline(rows: Rows) -> str:
 
 
 def render_interference(rows: Rows) -> str:
-    """Return what eight streams on one core lose to prompts on the other."""
+    """Return what eight streams on one core lose to prompts on the other: of each system the run
+    with the middle ratio, and the range of ratios."""
     lines = [["8 streams", "alone p50, ms", "beside prefill p50, ms", "p99, ms", "ratio of p50"]]
     for row in rows.values():
-        if found := row.get("interference"):
-            times = (found["alone_p50"], found["busy_p50"], found["busy_p99"])
-            shown = [f"{value * 1000:.1f}" for value in times]
-            lines.append([row["name"], *shown, f"{found['ratio']:.2f}×"])
-    return align(lines) if len(lines) > 1 else "Not measured yet."
+        runs = row["runs"]
+        middle = runs[len(runs) // 2]
+        times = [middle[name] * 1000 for name in ("alone_p50", "busy_p50", "busy_p99")]
+        ratios = f"{middle['ratio']:.2f}× ({runs[0]['ratio']:.2f} to {runs[-1]['ratio']:.2f})"
+        lines.append([row["name"], *(f"{time:.1f}" for time in times), ratios])
+    return align(lines) if rows else "Not measured yet."
 
 
 def footnote(rows: Rows, load: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 Every system gets the same requests at the same times. Systems are started one after the other,
 warmed up, then each rate is run to its end. Those with a core for each phase also run eight streams
-alone and beside long prompts. Results are kept in benchmarks/measured/cluster.json and shown by
-docs/performance.md; systems that are not measured this time keep their rows.
+alone and beside long prompts, three times. Results are kept in benchmarks/measured/cluster.json and
+shown by docs/performance.md; systems that are not measured this time keep their rows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ RESULTS = MEASURED / "cluster.json"
 CORES = 2
 OBJECTIVES = Objectives(ttft=4.0, tpot=0.12, gap=0.5)
 RATES, SECONDS = (0.4, 0.8, 1.2), 60.0
+INTERFERENCE_RUNS = 3
 START_AND_DRAIN = 90.0
 """Seconds beside the load itself that a system takes, all rates together, roughly."""
 Failure = (UnavailableError, ClusterError, LoadError)
@@ -47,28 +48,33 @@ class Plan:
     """What every system is asked."""
 
     sweeps: tuple[Sweep, ...]
-    interference: bool
+    rates: bool = True
+    interference: bool = True
 
     @property
     def seconds(self) -> float:
         """How long one system takes, roughly."""
-        return sum(sweep.seconds for sweep in self.sweeps) + START_AND_DRAIN
+        return sum(sweep.seconds for sweep in self.sweeps) * self.rates + START_AND_DRAIN
 
 
-def measure_system(system: System, plan: Plan, model: Path, cores: Sequence[int]) -> dict[str, Any]:
-    """Start a system, run everything, stop it; a failure is in the row."""
+def measure_system(
+    system: System, plan: Plan, model: Path, cores: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """Start a system, run everything, stop it; returns its rows by group. A failure is in them."""
     row: dict[str, Any] = {"name": system.name, "cores": system.cores, "date": _date(), "rates": {}}
+    groups = {"systems": {system.key: row}} if plan.rates else {}
     try:
         with system.open(model, cores) as endpoint:
             run(endpoint, plan_warm_up(plan.sweeps[0]))
-            for sweep in plan.sweeps:
+            for sweep in plan.sweeps if plan.rates else ():
                 row["rates"][f"{sweep.rate:g}"] = _measure_rate(endpoint, sweep)
             if system.split and plan.interference:
-                row["interference"] = _measure_interference(endpoint, plan.sweeps[0].vocab_size)
+                found = _measure_interference(endpoint, plan.sweeps[0].vocab_size)
+                groups["interference"] = {system.key: {"name": system.name, **found}}
     except Failure as error:
         row["unavailable"] = str(error).partition("\n")[0]
         print(f"  {error}", flush=True)
-    return row
+    return groups
 
 
 def run(endpoint: Endpoint, requests: Sequence[Any]) -> list[RequestRecord]:
@@ -100,18 +106,30 @@ def _brief(figures: dict[str, float | None]) -> str:
     return ", ".join(f"{name} {figures[name] or 0:.3f}" for name in shown)
 
 
-def _measure_interference(endpoint: Endpoint, vocab_size: int) -> dict[str, float]:
-    alone = run(endpoint, plan_streams(vocab_size, "alone"))
-    began = all_began(alone) * INTERFERENCE_MARGIN
-    beside = plan_streams(vocab_size, "beside") + plan_long_prompts(vocab_size, began)
-    with foreign_load() as load:
-        records = run(endpoint, beside)
-    try:
-        result = compare(alone, records)
-    except ValueError as error:
-        raise LoadError(str(error)) from error
-    print(f"  decode beside prefill: {result.ratio:.2f} x alone ({result.gaps} gaps)", flush=True)
-    return {**asdict(result), "ratio": result.ratio, **load.as_json()}
+def _measure_interference(endpoint: Endpoint, vocab_size: int) -> dict[str, Any]:
+    """Compare several times; returns every run, in the order of their ratios."""
+    results, loads = [], []
+    for number in range(INTERFERENCE_RUNS):
+        alone = run(endpoint, plan_streams(vocab_size, f"alone {number}"))
+        began = all_began(alone) * INTERFERENCE_MARGIN
+        streams = plan_streams(vocab_size, f"beside {number}")
+        with foreign_load() as load:
+            prompts = plan_long_prompts(vocab_size, began, f"long prompts {number}")
+            records = run(endpoint, streams + prompts)
+        try:
+            results.append(compare(alone, records))
+        except ValueError as error:
+            print(f"  {error}", flush=True)
+            continue
+        loads.append(load.as_json())
+        print(f"  decode beside prefill: {results[-1].ratio:.2f} x alone", flush=True)
+    if not results:
+        raise LoadError("the streams and the prompts never ran at the same time")
+    results.sort(key=lambda result: result.ratio)
+    return {
+        "runs": [{**asdict(result), "ratio": result.ratio} for result in results],
+        "foreign": max(load["foreign"] for load in loads),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     systems = [s for s in SYSTEMS if not options.only or s.key in options.only]
     plan = Plan(
         tuple(Sweep(rate, options.seconds, seed=options.seed) for rate in options.rates),
+        rates=not options.no_rates,
         interference=not options.no_interference,
     )
     minutes = plan.seconds * len(systems) / 60
@@ -134,8 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for system in systems:
             started = time.monotonic()
             print(system.name, flush=True)
-            row = measure_system(system, plan, qwen_shaped_model(), cores)
-            keep(options, {"systems": {system.key: row}})
+            keep(options, measure_system(system, plan, qwen_shaped_model(), cores))
             print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
     except KeyboardInterrupt:
         print("\ninterrupted; everything is stopped; finished systems are kept", file=sys.stderr)
@@ -154,7 +172,9 @@ def keep(options: argparse.Namespace, rows: dict[str, Any]) -> None:
         "objectives": asdict(OBJECTIVES),
         "length_factor": Sweep(1.0, 1.0).length_factor,
     }
-    fresh = {"machine": describe_machine(), "load": run_with, **rows}
+    fresh: dict[str, Any] = {"machine": describe_machine(), **rows}
+    if "systems" in rows:
+        fresh["load"] = run_with
     write_results(RESULTS, merge(read_results(RESULTS), fresh))
 
 
@@ -166,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rates", type=_rates, default=RATES, metavar="R,R", help="requests per second")
     add("--seconds", type=float, default=SECONDS, help="how long requests arrive at each rate")
     add("--seed", type=int, default=1, help="of arrivals, lengths and prompts")
+    add("--no-rates", action="store_true", help="only decode beside prefill")
     add("--no-interference", action="store_true", help="leave out decode beside prefill")
     add("--show", action="store_true", help="only write the pages again from what is stored")
     return parser

@@ -89,7 +89,7 @@ def test_streams_that_ended_before_the_prompts_came_say_nothing() -> None:
 
 
 def test_prompts_come_after_all_streams_began() -> None:
-    planned = plan_streams(1000, "x") + plan_long_prompts(1000, all_began(streams(1.5, 0.1)))
+    planned = plan_streams(1000, "x") + plan_long_prompts(1000, all_began(streams(1.5, 0.1)), "y")
 
     assert [request.index for request in planned] == list(range(STREAMS + LONG_PROMPTS))
     assert {request.at for request in planned[STREAMS:]} == {1.5}
@@ -124,7 +124,6 @@ ROWS = {
             "0.4": figures(),
             "0.8": figures(itl_p50=None, failures=2.0, errors=["HTTP 500"]),
         },
-        "interference": {"alone_p50": 0.03, "busy_p50": 0.06, "busy_p99": 0.07, "ratio": 2.0},
         "unavailable": "it ended",
     },
 }
@@ -151,7 +150,18 @@ def test_failures_and_missing_systems_are_told() -> None:
     assert "B: it ended" in note
     assert "B, 0.8/s: 2 failed: HTTP 500" in note
     assert "no gap over 500 ms" in note
-    assert "2.00×" in render_interference(ROWS)
+
+
+def test_the_middle_of_several_runs_is_shown_with_their_range() -> None:
+    runs = [
+        {"alone_p50": 0.03, "busy_p50": 0.03 * ratio, "busy_p99": 0.2, "ratio": ratio}
+        for ratio in (1.0, 1.2, 3.0)
+    ]
+    table = render_interference({"a": {"name": "A", "runs": runs, "foreign": 0.0}})
+
+    assert "36.0" in table
+    assert "1.20× (1.00 to 3.00)" in table
+    assert render_interference({}) == "Not measured yet."
 
 
 def test_all_systems_of_ours_have_a_valid_configuration(tmp_path: Any) -> None:
