@@ -29,9 +29,11 @@ from benchmarks.load import NICENESS
 from benchmarks.machine import describe_machine
 from benchmarks.measures import Objectives, RequestRecord, summarize
 from benchmarks.models import qwen_shaped_model
+from benchmarks.options import some_of
 from benchmarks.peers.environments import UnavailableError
 from benchmarks.results import MEASURED, merge, read_results, write_results
 from benchmarks.servers import raise_on_signals
+from tandem.profiler.machine import today
 
 RESULTS = MEASURED / "cluster.json"
 CORES = 2
@@ -61,7 +63,7 @@ def measure_system(
     system: System, plan: Plan, model: Path, cores: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Start a system, run everything, stop it; returns its rows by group. A failure is in them."""
-    row: dict[str, Any] = {"name": system.name, "cores": system.cores, "date": _date(), "rates": {}}
+    row: dict[str, Any] = {"name": system.name, "cores": system.cores, "date": today(), "rates": {}}
     groups = {"systems": {system.key: row}} if plan.rates else {}
     try:
         with system.open(model, cores) as endpoint:
@@ -181,8 +183,9 @@ def keep(options: argparse.Namespace, rows: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster.run", description=__doc__)
     add = parser.add_argument
-    keys = ", ".join(system.key for system in SYSTEMS)
-    add("--only", type=_names, metavar="A,B", help=f"systems to measure: {keys}")
+    keys = [system.key for system in SYSTEMS]
+    shown = f"systems to measure: {', '.join(keys)}"
+    add("--only", type=some_of(keys), metavar="A,B", help=shown)
     add("--rates", type=_rates, default=RATES, metavar="R,R", help="requests per second")
     add("--seconds", type=float, default=SECONDS, help="how long requests arrive at each rate")
     add("--seed", type=int, default=1, help="of arrivals, lengths and prompts")
@@ -192,20 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _names(text: str) -> tuple[str, ...]:
-    known = {system.key for system in SYSTEMS}
-    names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in known]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(sorted(known))}")
-    return names
-
-
 def _rates(text: str) -> tuple[float, ...]:
     return tuple(float(rate) for rate in text.split(","))
-
-
-def _date() -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 if __name__ == "__main__":

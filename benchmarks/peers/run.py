@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from benchmarks.launch import ClusterError
 from benchmarks.machine import describe_machine
 from benchmarks.micro_operations import measure_bounds
 from benchmarks.models import llama_shaped_model, qwen_shaped_model
+from benchmarks.options import some_of
 from benchmarks.peers.cases import LLAMA, MODELS, QWEN, Case, ModelCases
 from benchmarks.peers.environments import UnavailableError
 from benchmarks.peers.page import update_pages
@@ -33,6 +34,7 @@ from benchmarks.peers.sessions import Session
 from benchmarks.results import MEASURED, merge, read_results, write_results
 from benchmarks.servers import raise_on_signals
 from tandem.modelfiles import read_json
+from tandem.profiler.machine import today
 
 RESULTS = MEASURED / "peers.json"
 CORES = 2
@@ -55,7 +57,7 @@ class Table:
     def turn(self, peer: Peer, number: int, stack: ExitStack) -> None:
         """Give one engine one turn; a failure becomes its row."""
         row = self.rows.setdefault(
-            peer.key, {"name": peer.name, "how": peer.how, "date": _date(), "runs": []}
+            peer.key, {"name": peer.name, "how": peer.how, "date": today(), "runs": []}
         )
         if "unavailable" in row:
             return
@@ -124,7 +126,7 @@ def measure_model(
             first = number % len(peers)
             for peer in (*peers[first:], *peers[:first]):
                 table.turn(peer, number, stack)
-    return {**table.rows, "ceilings": {"date": _date(), "runs": ceilings}}
+    return {**table.rows, "ceilings": {"date": today(), "runs": ceilings}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,35 +163,19 @@ def _parser() -> argparse.ArgumentParser:
     keys = ", ".join(peer.key for peer in PEERS_IN_TURN)
     add(
         "--only",
-        type=_one_of([p.key for p in PEERS_IN_TURN]),
+        type=some_of([p.key for p in PEERS_IN_TURN]),
         metavar="A,B",
         help=f"engines to measure: {keys}",
     )
     add(
         "--models",
-        type=_one_of([m.key for m in MODELS]),
+        type=some_of([m.key for m in MODELS]),
         metavar="A,B",
         help=f"models: {QWEN.key}, {LLAMA.key}",
     )
     add("--runs", type=int, default=3, help="turns of each engine; figures are their medians")
     add("--show", action="store_true", help="only write the pages again from what is stored")
     return parser
-
-
-def _one_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Return what reads names with commas between them and refuses others than these."""
-
-    def names(text: str) -> tuple[str, ...]:
-        chosen = tuple(text.split(","))
-        if unknown := [name for name in chosen if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(known)}")
-        return chosen
-
-    return names
-
-
-def _date() -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 if __name__ == "__main__":
