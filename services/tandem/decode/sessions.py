@@ -10,17 +10,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-import grpc
 import grpc.aio
 import structlog
 
-from tandem.core.errors import StaleError
 from tandem.kvcache.prefix_journal import JournalReader, PrefixJournal
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire.prefixes import prefix_events_to_proto
 from tandem.worker.event_loop import Outbox
-from tandem.worker.liveness import check_incarnation
-from tandem.worker.runtime import WorkerRuntime
+from tandem.worker.runtime import WorkerRuntime, refuse_stale
 
 log = structlog.get_logger(__name__)
 
@@ -106,11 +103,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         messages = aiter(request_iterator)
         hello = (await anext(messages)).hello
         runtime = self._runtime
-        try:
-            check_incarnation(runtime.name, hello.expected_incarnation, runtime.incarnation)
-        except StaleError as error:
-            runtime.metrics.stale.inc()
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+        await refuse_stale(runtime, hello.expected_incarnation, context)
         outbox: Outbox[worker_pb2.DecodeMessage] = Outbox(asyncio.get_running_loop())
         session = GatewaySession(hello.gateway_id, runtime.incarnation, outbox)
         runtime.loop.post(self._handler.session_opened, session)

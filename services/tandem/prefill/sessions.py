@@ -11,14 +11,14 @@ import grpc
 import grpc.aio
 import structlog
 
-from tandem.core.errors import StaleError, TandemError
+from tandem.core.errors import TandemError
 from tandem.kvcache.prefix_journal import JournalReader
 from tandem.transfer import check_kv_spec
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire.prefixes import prefix_events_to_proto
 from tandem.worker.event_loop import Outbox
 from tandem.worker.liveness import check_incarnation
-from tandem.worker.runtime import WorkerRuntime
+from tandem.worker.runtime import WorkerRuntime, refuse_stale
 from tandem.worker.transfers import PostedEvents, TransferHandler
 
 log = structlog.get_logger(__name__)
@@ -123,11 +123,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
     ) -> AsyncIterator[worker_pb2.PrefixEvents]:
         """Read the journal only when the message before was taken: who is slow holds up nothing."""
         runtime, expected = self._runtime, request.expected_incarnation
-        try:
-            check_incarnation(runtime.name, expected, runtime.incarnation)
-        except StaleError as error:
-            runtime.metrics.stale.inc()
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+        await refuse_stale(runtime, expected, context)
         log.info("prefix cache followed", worker=runtime.name, gateway=request.gateway_id)
         reader = JournalReader(runtime.journal)
         pause, quiet = runtime.config.worker.heartbeat_interval, 0.0

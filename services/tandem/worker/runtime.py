@@ -11,13 +11,14 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
 import structlog
 import torch
 
 from tandem.core.config import TandemConfig
+from tandem.core.errors import StaleError
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.engine.engine import Engine
 from tandem.engine.parallel.shard import check_degree
@@ -44,6 +45,7 @@ from tandem.worker.affinity import CoreClaim
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
 from tandem.worker.host_copier import HostCopier
+from tandem.worker.liveness import check_incarnation
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.ranks import RankAddress, WorkerRanks
 from tandem.worker.service import WorkerService
@@ -387,3 +389,14 @@ class WorkerRuntime:
                 host.pool.num_used, host.pool.num_cached, host.pool.num_blocks
             )
             self.metrics.set_host_copies(host.blocks_copied)
+
+
+async def refuse_stale(
+    runtime: WorkerRuntime, expected: int, context: grpc.aio.ServicerContext[Any, Any]
+) -> None:
+    """Abort a call that means another incarnation of this worker, and count it."""
+    try:
+        check_incarnation(runtime.name, expected, runtime.incarnation)
+    except StaleError as error:
+        runtime.metrics.stale.inc()
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)

@@ -45,13 +45,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def CheckIntegrity(  # noqa: N802
         self, request: worker_pb2.CheckIntegrityRequest, context: object
     ) -> worker_pb2.CheckIntegrityResponse:
-        violations: list[str] = []
-
-        def check() -> None:
-            try:
-                self._worker.check_integrity()
-            except IntegrityError as error:
-                violations.extend(error.message.splitlines())
-
-        await self._loop.call(check)
-        return worker_pb2.CheckIntegrityResponse(violations=violations)
+        try:
+            await self._loop.call(self._worker.check_integrity)
+        except IntegrityError as error:
+            return worker_pb2.CheckIntegrityResponse(violations=error.message.splitlines())
+        return worker_pb2.CheckIntegrityResponse()
