@@ -112,8 +112,6 @@ class Dispatcher:
 
     def stream_ready(self, stream: DecodeStream) -> None:
         """A worker takes requests (again)."""
-        member = stream.member
-        log.info("decode stream ready", worker=member.name, incarnation=member.incarnation)
         self._routing.refresh()
         self._traffic.capacity_changed()
         self.changes.notify()
@@ -140,10 +138,6 @@ class Dispatcher:
 
     def stream_closed(self, stream: DecodeStream, cause: LossCause, detail: str) -> None:
         """Move what the worker had."""
-        if stream.was_ready:
-            log.warning(
-                "decode stream closed", worker=stream.member.name, cause=cause, detail=detail
-            )
         self._routing.refresh()
         self._traffic.lost(stream, cause, detail)
         self.changes.notify()
