@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +54,8 @@ class Placement(NamedTuple):
 
     worker: WorkerView
     tokens: int
+    cached_tokens: float
+    """Of the prompt, on that worker; those in host memory counted by what they save."""
 
 
 class WorkerPool:
@@ -113,9 +114,13 @@ class WorkerPool:
         num_tokens: int,
         exclude: Collection[str] = (),
         max_requests: float = float("inf"),
+        fetched_tokens: float = 0.0,
     ) -> Placement | None:
         """Return the place that the policy takes among workers that are not excluded and have fewer
-        than `max_requests` requests of this router; None if there is none."""
+        than `max_requests` requests of this router; None if there is none.
+
+        `fetched_tokens`: see `Candidates`.
+        """
         may_take = self._requests < max_requests
         for name in exclude:
             if name in self._workers:
@@ -129,34 +134,47 @@ class WorkerPool:
             loads, cached = loads[positions], cached[positions]
         if not len(positions):
             return None
-        weight = partial(self._weight, num_tokens)
+
+        def weight(cached_tokens: float) -> float:
+            return self._weight(num_tokens, max(cached_tokens, fetched_tokens))
 
         def prefix(index: int) -> bytes:
             return hashes[max(int(cached[index]) // self._block_size, 1) - 1]
 
         index = self._policy.choose(
-            Candidates(self._names, positions, loads, cached, weight, prefix)
+            Candidates(self._names, positions, loads, cached, fetched_tokens, weight, prefix)
         )
-        return Placement(self._views[int(positions[index])], int(weight(cached[index])))
+        there = float(cached[index])
+        return Placement(self._views[int(positions[index])], int(weight(there)), there)
 
-    def dispatch(self, placement: Placement, hashes: Sequence[bytes]) -> None:
+    def dispatch(self, placement: Placement) -> None:
         """Count a request on a worker, now, before anything is sent."""
-        worker, tokens = placement
+        worker, tokens, _ = placement
         worker.requests += 1
         worker.tokens += tokens
         worker.unreported_tokens += tokens
         self._note(worker)
-        self._prefixes.dispatched(worker.number, hashes)
         self._dispatched_requests += 1
         self._dispatched_tokens += tokens
 
     def take_back(self, placement: Placement) -> None:
         """End the load of a dispatch."""
-        worker, tokens = placement
+        worker, tokens, _ = placement
         worker.requests -= 1
         worker.tokens -= tokens
         worker.unreported_tokens = min(worker.unreported_tokens, worker.tokens)
         self._note(worker)
+
+    def expect(self, placement: Placement, hashes: Sequence[bytes]) -> None:
+        """Believe that a worker has, or is about to have, these blocks in its cache."""
+        if placement.worker.is_member:
+            self._prefixes.expected(placement.worker.number, hashes)
+
+    def expect_no_more(self, placement: Placement, hashes: Sequence[bytes]) -> None:
+        """Take `expect` back, but for what the worker had when it was chosen."""
+        if placement.worker.is_member:
+            before = int(placement.cached_tokens) // self._block_size
+            self._prefixes.unexpected(placement.worker.number, hashes[before:])
 
     def _loads(self, num_tokens: int) -> Floats:
         """Estimate the tokens in flight on each worker when a request of `num_tokens` is placed.
