@@ -9,6 +9,7 @@ import pytest
 
 from tandem.core.config import RouterConfig, RoutingPolicy
 from tandem.core.errors import OverloadedError, UnavailableError
+from tandem.core.prefix_events import PrefixEvents
 from tandem.kvcache.hashing import chain_hashes
 from tandem.router import Assignment, Router
 from tandem.router.prefix_index import PrefixIndex
@@ -341,3 +342,54 @@ def test_memory_of_prefixes_is_bounded_and_forgets_the_oldest(
             end(router, name)
         taken.add(send(router, "again", old).decode)
     assert taken == homes  # once forgotten, the two are equal and chance decides
+
+
+def report_pace(router: Router, worker: str, seconds: float) -> None:
+    router.observe_prefixes(worker, PrefixEvents(1, prompt_token_seconds=seconds))
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "prefix_aware"])
+def test_a_slow_prefill_worker_gets_what_it_can_do(policy: RoutingPolicy) -> None:
+    """By the time that its tokens in flight take it, and the request's own: first nothing, then a
+    third of what the fast one has."""
+    router = make_router(policy)
+    report_pace(router, "p0", 1e-3)
+    report_pace(router, "p1", 3e-3)
+    taken = [send(router, f"r{i}", own_prompt(i, 100)).prefill for i in range(80)]
+    assert taken[:2] == ["p0", "p0"]
+    assert 17 <= taken.count("p1") <= 23, taken.count("p1")
+
+
+def test_a_prefix_on_a_slow_worker_is_worth_what_computing_it_takes_elsewhere() -> None:
+    for slow, stays in ((2e-3, True), (40e-3, False)):
+        router = make_router(decode=["d0"])
+        prefix = own_prompt(0, 960)
+        send(router, "r0", prefix, exclude=["p1"])
+        router.release("r0")
+        report_pace(router, "p0", slow)
+        report_pace(router, "p1", 1e-3)
+        placed = send(router, "r1", prefix + own_prompt(1, 160)).prefill
+        assert (placed == "p0") is stays, slow
+
+
+@pytest.mark.parametrize("seconds", [(1e-3, 1.1e-3), (1e-3, 0.0), (0.0, 0.0)])
+def test_workers_of_about_one_pace_or_none_known_are_drawn_by_lot(
+    seconds: tuple[float, float],
+) -> None:
+    taken = set()
+    for seed in range(20):
+        router = make_router(seed=seed)
+        for worker, pace in zip(PREFILL, seconds, strict=True):
+            report_pace(router, worker, pace)
+        taken.add(send(router, "r", own_prompt(0)).prefill)
+    assert taken == set(PREFILL)
+
+
+def test_a_pace_is_forgotten_with_its_worker() -> None:
+    router = make_router()
+    report_pace(router, "p0", 1e-3)
+    report_pace(router, "p1", 3e-3)
+    router.set_members(["p0"], DECODE)
+    router.set_members(PREFILL, DECODE)
+    taken = [send(router, f"r{i}", own_prompt(i)).prefill for i in range(20)]
+    assert taken.count("p1") == 10

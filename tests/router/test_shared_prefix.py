@@ -166,8 +166,8 @@ def test_memory_of_charges_is_bounded() -> None:
             np.arange(2),
             np.array([400.0, 0.0]),
             np.array([1024.0, 0.0]),
-            0.0,
-            lambda cached: 16.0,
+            np.zeros(2),
+            lambda index: 16.0,
             lambda index, number=number: number.to_bytes(8, "big"),
         )
         assert policy.choose(crowded) == 0

@@ -33,14 +33,14 @@ class Candidates(NamedTuple):
     positions: Integers
     """Where the candidates stand among them, rising."""
     loads: Floats
-    """In tokens."""
+    """In tokens; of slower workers more, see `pool`."""
     cached_tokens: Floats
     """Those in host memory counted by what they save."""
-    fetched_tokens: float
-    """Tokens that a worker with less of the prompt need not compute, as it fetches their KV from
+    fetched_tokens: Floats
+    """Those that a worker need not compute even if it has none of them, as it fetches their KV from
     the decode worker; counted by what that saves."""
-    weight: Callable[[float], float]
-    """What the request would add to the load of a worker that has so many tokens cached."""
+    weight: Callable[[int], float]
+    """What the request would add to the load of a candidate."""
     prefix: Callable[[int], bytes]
     """A name for what a candidate with cached tokens has of the prompt."""
 
@@ -113,12 +113,12 @@ class PrefixAware:
         index = _lowest(loads - bonus, self._rng)
         if not bonus[index]:
             return index
-        one = candidates.weight(candidates.cached_tokens[index])
+        one = candidates.weight(index)
         most = (1.0 + SLACK) * float(loads.sum()) / len(loads) + one
         if loads[index] <= most:
             return index
-        fetched = self._weight * min(candidates.fetched_tokens, self._max_bonus_tokens)
-        excess, price = float(loads[index] - loads.min()), float(bonus[index]) - fetched
+        fetched = self._weight * np.minimum(candidates.fetched_tokens, self._max_bonus_tokens)
+        excess, price = float(loads[index] - loads.min()), float(bonus[index] - fetched[index])
         if not self._is_paid(candidates.prefix(index), excess, price):
             return index
         saved = np.where(loads > most, fetched, np.maximum(bonus, fetched))

@@ -159,6 +159,5 @@ class Dispatcher:
         self._routing.set_membership(membership)
         self._pool.update(membership.decode)
         self._routing.refresh()
-        caching = membership.model is not None and membership.model.prefix_cache
-        self._followers.update(membership.prefill if caching else {})
+        self._followers.update(membership.prefill)
         self.changes.notify()
