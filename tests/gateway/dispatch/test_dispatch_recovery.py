@@ -15,11 +15,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 async def test_tokens_come_in_order_and_end_with_a_reason(cluster, make_request, tools) -> None:
     dispatcher = await cluster.start()
     request = make_request(max_tokens=20)
-    events = [event async for event in dispatcher.generate(request)]
+    first, *more = [event async for event in dispatcher.generate(request)]
+    events = [first, *more]  # tokens that come close together may share one
     assert [t for event in events for t in event.token_ids] == tools.expected(request)
-    assert [event.finish_reason for event in events] == [None] * 19 + ["length"]
+    assert [event.finish_reason for event in events] == [None] * len(more) + ["length"]
     assert {event.cached_tokens for event in events} == {2}
-    assert [event.stages is not None for event in events] == [True] + [False] * 19
+    assert first.stages is not None
+    assert all(event.stages is None for event in more)
     assert cluster.observer.recoveries == []
     await cluster.assert_nothing_is_held()
 
