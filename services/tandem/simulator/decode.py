@@ -20,8 +20,6 @@ from tandem.simulator.prefill import SimulatedPrefill
 class SimulatedDecode:
     """The counterpart of `tandem.decode.worker.DecodeWorker` and its `Handoff`."""
 
-    decodes = True
-
     def __init__(
         self,
         loop: IterationLoop,
@@ -62,16 +60,21 @@ class SimulatedDecode:
         """Send a sequence where the KV of its tokens is to be made."""
         missing = flight.sequence.num_tokens - self._loop.scheduler.peek_cached(flight.sequence)
         is_here = flight.prefill is None or missing <= self._local_max
-        if flight.prefill is not None and self._lender.is_sooner_elsewhere(flight, is_here=is_here):
+        if self._lender.is_sooner_elsewhere(flight, is_here=is_here):
             is_here = not is_here
             flight.is_lent = is_here
         if is_here:
-            flight.sequence.remote = False
-            self._enqueue(flight)
+            self.compute_here(flight)
         else:
-            self._begin_leg(flight)
+            self.begin_leg(flight)
 
-    def _begin_leg(self, flight: Flight) -> None:
+    def compute_here(self, flight: Flight) -> None:
+        """Let a sequence that has no leg compute what it lacks itself."""
+        self._loop.scheduler.withdraw(flight.sequence)
+        flight.sequence.remote = False
+        self._enqueue(flight)
+
+    def begin_leg(self, flight: Flight) -> None:
         """Let the prefill worker compute what a sequence lacks."""
         sequence, target = flight.sequence, flight.prefill
         if target is None:
@@ -154,9 +157,7 @@ class SimulatedDecode:
         if flight.sequence.phase == "receiving":
             self._loop.scheduler.fall_back(flight.sequence)
         else:
-            self._loop.scheduler.withdraw(flight.sequence)
-            flight.sequence.remote = False
-            self._enqueue(flight)
+            self.compute_here(flight)
         self._loop.wake()
 
     # ------------------------------------------------------------------ around an iteration
@@ -182,7 +183,7 @@ class SimulatedDecode:
         if not sequence.remote or leg is None or target is None:
             return
         if sequence.num_uncomputed <= self._local_max and not leg.is_kept:
-            self._cancel(flight, leg, target)
+            self._cancel(flight, leg)
             self._loop.scheduler.fall_back(sequence)
             return
         self._grant(flight, leg, target)
@@ -205,65 +206,11 @@ class SimulatedDecode:
         else:
             self._loop.scheduler.fall_back(sequence)
 
-    def _cancel(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
+    def _cancel(self, flight: Flight, leg: SimulatedLeg) -> None:
         """Drop a leg that has not been granted."""
-        if leg.was_asked:
-            self._clock.after(self._rpc_seconds, target.cancel, flight, leg)
+        if leg.was_asked and flight.prefill is not None:
+            self._clock.after(self._rpc_seconds, flight.prefill.cancel, flight, leg)
         self._end_leg(flight)
-
-    def flight_of(self, sequence: Sequence) -> Flight:
-        """Return the request of a sequence of this worker."""
-        return self._by_sequence[sequence]
-
-    # ------------------------------------------------------------------ lending
-
-    def progressed(self, leg: SimulatedLeg, num_computed: int) -> None:
-        """The prefill worker has computed a chunk."""
-        leg.computed = num_computed
-
-    def reported(self) -> None:
-        """A prefill worker that computes prompts for this one has said how loaded it is."""
-        self._lender.news()
-        self._loop.wake()
-
-    def was_cut(self, flight: Flight, leg: SimulatedLeg, num_tokens: int) -> None:
-        """What was computed of a leg has landed: go on from there."""
-        if flight.leg is leg:
-            self._end_leg(flight)
-            self._loop.scheduler.landed(flight.sequence, num_tokens)
-            self._loop.scheduler.fall_back(flight.sequence)
-            self._loop.wake()
-
-    def kept_token(self, flight: Flight, leg: SimulatedLeg) -> None:
-        """The prefill worker decodes this request: pass its token on."""
-        if flight.leg is leg:
-            self._gateway.report.kept_tokens += 1
-            self._token(flight)
-            if flight.sequence.phase == "finished":
-                self._end_leg(flight)
-            self._loop.wake()
-
-    def keep(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
-        leg.phase, leg.is_kept, leg.was_kept, leg.was_asked = "kept", True, True, True
-        self._clock.after(self._rpc_seconds, target.keep, flight, leg)
-
-    def move(self, flight: Flight) -> None:
-        scheduler, sequence, leg = self._loop.scheduler, flight.sequence, flight.leg
-        flight.is_lent = leg is not None
-        if leg is None:
-            if sequence.phase == "waiting":
-                scheduler.withdraw(sequence)
-            else:
-                scheduler.hand_out(sequence)
-            self._begin_leg(flight)
-        elif leg.phase == "granted" and flight.prefill:
-            leg.phase = "cutting"
-            self._clock.after(self._rpc_seconds, flight.prefill.cut, flight, leg)
-        elif flight.prefill:
-            self._cancel(flight, leg, flight.prefill)
-            scheduler.withdraw(sequence)
-            sequence.remote = False
-            self._enqueue(flight)
 
     def preempted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
@@ -273,6 +220,8 @@ class SimulatedDecode:
 
     def computed(self, plan: IterationPlan, began: float) -> None:
         """Count what was computed for the prefill pool."""
+        if not self.hears_progress:
+            return
         if plan.num_tokens > len(plan.chunks):
             for chunk in plan.chunks:
                 if chunk.length > 1 and self._by_sequence[chunk.sequence].is_lent:
@@ -319,3 +268,49 @@ class SimulatedDecode:
                 self._lender.news()  # its blocks and its part of each iteration are free
             self._gateway.stage(flight, self.name, "finished")
             self._gateway.finished(flight)
+
+    # ------------------------------------------------------------------ lending
+
+    def flight_of(self, sequence: Sequence) -> Flight:
+        """Return the request of a sequence of this worker."""
+        return self._by_sequence[sequence]
+
+    def progressed(self, leg: SimulatedLeg, num_computed: int) -> None:
+        """The prefill worker has computed a chunk."""
+        leg.computed = num_computed
+
+    def reported(self) -> None:
+        """A prefill worker that computes prompts for this one has said how loaded it is."""
+        self._lender.news()
+        self._loop.wake()
+
+    def was_cut(self, flight: Flight, leg: SimulatedLeg, num_tokens: int) -> None:
+        """What was computed of a leg has landed: go on from there."""
+        if flight.leg is leg:
+            self._end_leg(flight)
+            self._loop.scheduler.landed(flight.sequence, num_tokens)
+            self._loop.scheduler.fall_back(flight.sequence)
+            self._loop.wake()
+
+    def kept_token(self, flight: Flight, leg: SimulatedLeg) -> None:
+        """The prefill worker decodes this request: pass its token on."""
+        if flight.leg is leg:
+            self._gateway.report.kept_tokens += 1
+            self._token(flight)
+            if flight.sequence.phase == "finished":
+                self._end_leg(flight)
+            self._loop.wake()
+
+    def keep(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
+        """Let the prefill worker decode a request for which there are no blocks here."""
+        leg.phase, leg.is_kept, leg.was_kept, leg.was_asked = "kept", True, True, True
+        self._clock.after(self._rpc_seconds, target.keep, flight, leg)
+
+    def cut(self, flight: Flight, leg: SimulatedLeg) -> bool:
+        """End a leg with the chunk under way; False: it had not begun and is over at once."""
+        if flight.prefill is not None and leg.phase == "granted":
+            leg.phase = "cutting"
+            self._clock.after(self._rpc_seconds, flight.prefill.cut, flight, leg)
+            return True
+        self._cancel(flight, leg)
+        return False

@@ -1,7 +1,7 @@
 """A decode worker's slack under the virtual clock: what `router.lending` advises is done here.
 
-The counterpart of `tandem.decode.lending`, and like it without a rule of its own. Prefill workers'
-loads are read when a decision is made, so they are never out of date.
+The counterpart of `tandem.decode.lending`, and like it without a rule of its own. The loads of
+prefill workers are read when a decision is made, so they are never out of date.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class SimulatedLender:
-    """Decides. `news` says that something has changed; `rebalance` acts on it."""
+    """Decides and moves. `news` says that something has changed; `rebalance` acts on it."""
 
     def __init__(self, worker: SimulatedDecode, loop: IterationLoop, config: TandemConfig) -> None:
         self._worker = worker
@@ -58,7 +58,7 @@ class SimulatedLender:
             self._news = flight is not None
             if flight is not None:
                 flight.moves += 1
-                self._worker.move(flight)
+                self._move(flight)
 
     def is_sooner_elsewhere(self, flight: Flight, *, is_here: bool) -> bool:
         """Whether a prompt that comes now should not go where it would by default."""
@@ -80,6 +80,19 @@ class SimulatedLender:
                 continue
             if self._may_keep(flight, target):
                 self._worker.keep(flight, leg, target)
+
+    def _move(self, flight: Flight) -> None:
+        scheduler, sequence, leg = self._loop.scheduler, flight.sequence, flight.leg
+        flight.is_lent = leg is not None
+        if leg is not None:
+            if not self._worker.cut(flight, leg):
+                self._worker.compute_here(flight)
+            return
+        if sequence.phase == "waiting":
+            scheduler.withdraw(sequence)
+        else:
+            scheduler.hand_out(sequence)
+        self._worker.begin_leg(flight)
 
     def _may_keep(self, flight: Flight, target: SimulatedPrefill) -> bool:
         load = target.load(self._worker)
