@@ -1,8 +1,8 @@
 """`make bench-simulator`: how long a large simulation takes, and how many events a second.
 
 Lengths are drawn at random from the Azure conversation trace, and arrivals are Poisson. One
-process, the same scheduler, router and block pools as in a cluster. Lending is off: with it, no
-decode step is leapt over.
+process, the same scheduler, router and block pools as in a cluster. Lending is off by default here;
+`--lending measured` is the default of clusters.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--rate", type=float, default=1.5, help="requests per second and worker")
     parser.add_argument("--trace", type=Path, default=TRACE, help="absent: lengths like its own")
+    parser.add_argument("--lending", choices=("off", "threshold", "measured"), default="off")
     options = parser.parse_args(arguments)
     trace = _trace(options.trace, options.requests, options.rate * options.workers)
     prefill = options.workers * 2 // 5
     scheduler = {"max_batch_tokens": 2048, "chunk_size": 512, "preemption": "refill"}
-    config = TandemConfig.model_validate({"scheduler": scheduler, "lending": {"mode": "off"}})
+    config = TandemConfig.model_validate(
+        {"scheduler": scheduler, "lending": {"mode": options.lending}}
+    )
     spec = ClusterSpec(load_profile(PROFILE), config, prefill, options.workers - prefill)
     began = time.perf_counter()
     gc.disable()  # requests come and go without cycles; walking them all again and again is waste

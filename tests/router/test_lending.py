@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tandem.core.config import SchedulerConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
-from tandem.core.sequence import Sequence
+from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.router.lending import (
     LegPhase,
@@ -20,6 +20,7 @@ from tandem.router.lending import (
     WorkerLoad,
     best_move,
     has_slack,
+    may_change_places,
     may_keep,
     prefill_seconds,
     prompt_of,
@@ -297,3 +298,31 @@ def test_moving_ends(here: WorkerLoad, there: WorkerLoad, prompts: list[Prompt[o
             for each in prompts
         ]
         assert count < 3 * len(prompts)
+
+
+def test_decode_steps_alone_give_no_reason_to_move_a_prompt() -> None:
+    scheduler = Scheduler(SchedulerConfig(), BlockPool(16, 4), 64)
+    request = Request("r", tuple(range(8)), 8, SamplingParams(max_tokens=4))
+    sequence = Sequence(request, 0)
+    assert not may_change_places(IterationPlan((ScheduledChunk(sequence, 7, 1),)), scheduler)
+    assert may_change_places(IterationPlan((ScheduledChunk(sequence, 0, 8),)), scheduler)
+    scheduler.add(sequence)
+    other = Sequence(request, 1)
+    assert may_change_places(IterationPlan((ScheduledChunk(other, 7, 1),)), scheduler)
+
+
+@given(context=st.integers(0, 50_000), steps=st.integers(1, 64), left=st.integers(1, 3000))
+def test_a_prompt_that_stays_elsewhere_stays_there_through_decode_steps(
+    context: int, steps: int, left: int
+) -> None:
+    """Why nobody is asked after mere decode steps."""
+    costs = COSTS._replace(context=1e-6)
+    queued = replace(IDLE, queued=PromptWork(500))
+
+    def moves(after: int) -> bool:
+        running = Work(decodes=8, context=context + 8 * after)
+        here = replace(IDLE, costs=costs, running=running, longest_iteration=0.2)
+        return best_move(here, {"p": queued}, [prompt("a", left)], 0.15) is not None
+
+    if not moves(0):
+        assert not moves(steps)

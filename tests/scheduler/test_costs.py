@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
 import pytest
 
 from tandem.core.request import Request
@@ -24,6 +25,11 @@ def random_work(rng: Random) -> Work:
     if rng.random() < 0.5:
         work = work.plus_prompt(rng.randrange(0, 4000), rng.randrange(2, 500))
     return work
+
+
+def step(work: Work, number: int) -> Work:
+    """The decode step that follows so many later."""
+    return work._replace(context=work.context + number * work.decodes)
 
 
 def test_the_work_of_an_iteration() -> None:
@@ -62,6 +68,36 @@ def test_a_thousand_equal_iterations_do_not_blow_the_estimate_up() -> None:
         estimator.measured(Work(decodes=8, context=4096), 0.01)
     assert estimator.seconds(Work(decodes=8, context=4096)) == pytest.approx(0.01, rel=1e-3)
     assert 0 <= estimator.seconds(Work(decodes=9, context=4700)) < 0.02
+
+
+def test_a_run_that_is_told_at_once_leaves_what_its_steps_leave_one_by_one() -> None:
+    rng, at_once, stepwise = Random(5), CostEstimator(), CostEstimator()
+    for _ in range(40):
+        work = random_work(rng)
+        run = [cost(work)]
+        if not work.prompt_tokens:
+            run += [cost(step(work, i)) for i in range(1, rng.randrange(1, 150))]
+        at_once.measured_run(work, run)
+        for i, seconds in enumerate(run):
+            stepwise.measured(step(work, i), seconds)
+        if rng.random() < 0.3:
+            assert at_once.costs == stepwise.costs
+    assert at_once.costs == stepwise.costs
+
+
+def test_runs_are_taken_in_as_least_squares_with_forgetting_would_take_their_steps() -> None:
+    rng, estimator, measured = Random(6), CostEstimator(), []
+    while len(measured) < 250:
+        work = random_work(rng)
+        steps = 1 if work.prompt_tokens else rng.randrange(1, 20)
+        run = [(step(work, i), cost(step(work, i)) * rng.uniform(0.5, 1.5)) for i in range(steps)]
+        estimator.measured_run(work, [seconds for _, seconds in run])
+        measured += run
+    weights = np.sqrt(0.98 ** np.arange(len(measured))[::-1])
+    terms = np.array([(1, *work) for work, _ in measured], float) * weights[:, None]
+    seconds = np.array([seconds for _, seconds in measured]) * weights
+    expected = np.linalg.lstsq(terms, seconds, rcond=None)[0]
+    assert list(estimator.costs) == pytest.approx(list(expected), rel=1e-5)
 
 
 def test_the_longest_chunk_within_a_time() -> None:

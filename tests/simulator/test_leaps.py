@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -37,13 +38,73 @@ def counts(report: Report) -> dict[str, Any]:
         "iterations": {role: use.iterations for role, use in report.pools.items()},
         "computed": {role: use.tokens for role, use in report.pools.items()},
         "gaps": report.gaps.num_added,
+        "lent": (report.lent_tokens, report.kept_tokens),
     }
 
 
 def times(report: Report) -> list[float]:
-    """What they must agree on but for rounding."""
+    """Every latency, and the end."""
     ordered = (report.ttfts, report.tpots, report.longest_gaps)
     return [value for values in ordered for value in sorted(values)] + [report.seconds]
+
+
+PROMPTS_TO_LEND = st.builds(
+    TraceRequest,
+    arrival=st.floats(2.5, 4.5),
+    prompt_len=st.integers(1, 250),
+    output_len=st.integers(1, 90),
+    hash_ids=st.just(()),
+)
+WARM_UP = [TraceRequest(0.2 * i, 40, 3) for i in range(12)]
+"""Enough for workers to know what their iterations cost."""
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(
+    requests=st.lists(PROMPTS_TO_LEND, min_size=8, max_size=30),
+    pools=st.sampled_from([(1, 1), (1, 2), (2, 2)]),
+    jitter=st.sampled_from([(), (-0.003, 0.0, 0.001, 0.007)]),
+    num_blocks=st.integers(90, 300),
+    preemption=st.sampled_from(["refill", "auto"]),
+)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_leaps_change_no_decision_of_lending(
+    policy: str,
+    requests: list[TraceRequest],
+    pools: tuple[int, int],
+    jitter: tuple[float, ...],
+    num_blocks: int,
+    preemption: str,
+    make_spec: MakeSpec,
+) -> None:
+    """Workers learn from every iteration, and prompts move by what they have learnt."""
+    limits = {"max_batch_tokens": 64, "itl_objective": 0.041, "preemption": preemption}
+    spec = make_spec(*pools, num_blocks=num_blocks, policy=policy, **limits)
+    cost = spec.profile.iteration.model_copy(update={"jitter": jitter, "context": 1e-5})
+    changed = {"iteration": cost, "rpc_seconds": 0.00113}
+    spec = replace(spec, profile=spec.profile.model_copy(update=changed))
+    assert spec.config.lending.mode == "measured"
+    trace = [*WARM_UP, *sorted(requests, key=lambda request: request.arrival)]
+    stepped, leapt = simulate(trace, replace(spec, leaps=False)), simulate(trace, spec)
+    assert counts(leapt) == counts(stepped)
+    assert times(leapt) == times(stepped)
+
+
+def test_that_is_said_of_runs_in_which_prompts_are_lent_and_requests_kept(
+    make_spec: MakeSpec,
+) -> None:
+    rng = Random(3)
+    requests = [
+        TraceRequest(2.5 + 2 * rng.random(), rng.randrange(100, 250), rng.randrange(20, 90))
+        for _ in range(25)
+    ]
+    spec = make_spec(1, 1, num_blocks=110, max_batch_tokens=64, itl_objective=0.041)
+    trace = [*WARM_UP, *sorted(requests)]
+    stepped, leapt = simulate(trace, replace(spec, leaps=False)), simulate(trace, spec)
+    assert stepped.lent_tokens > 200
+    assert stepped.kept_tokens > 20
+    assert counts(leapt) == counts(stepped)
+    assert times(leapt) == times(stepped)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -68,7 +129,7 @@ def test_a_leap_ends_where_single_steps_end(
     requests.sort(key=lambda request: request.arrival)
     stepped, leapt = simulate(requests, replace(spec, leaps=False)), simulate(requests, spec)
     assert counts(leapt) == counts(stepped)
-    assert times(leapt) == pytest.approx(times(stepped))
+    assert times(leapt) == times(stepped)
 
 
 def test_repeating_leaves_the_blocks_and_hashes_that_steps_leave() -> None:

@@ -32,7 +32,7 @@ class HandoffOwner(Protocol):
     """What the hand-over tells the worker about a request. Engine thread."""
 
     def news(self) -> None:
-        """A prefill worker has said something: prompts may be better off elsewhere."""
+        """A leg is over, or a prefill worker has reported: prompts may be better off elsewhere."""
 
     def enqueue(self, active: ActiveRequest) -> None:
         """Put its sequence into the scheduler's queue, where it waits for blocks."""
@@ -171,9 +171,9 @@ class Handoff:
         """Apply a message of a prefill worker; one about a leg that is over is stale."""
         kind = message.WhichOneof("kind")
         peer.progress_at = time.monotonic()
-        self._owner.news()
         if kind == "load":
             peer.load = message.load
+            self._owner.news()
             return
         body = getattr(message, kind) if kind else None
         active = self._legs.get(body.leg_id) if body is not None else None
@@ -403,6 +403,7 @@ class Handoff:
     def _end(self, active: ActiveRequest, leg: Leg) -> None:
         del self._legs[leg.leg_id]
         active.leg = None
+        self._owner.news()
 
     # -- peers
 

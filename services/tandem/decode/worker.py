@@ -23,7 +23,7 @@ from tandem.decode.handoff import Handoff
 from tandem.decode.lending import Lender
 from tandem.decode.sessions import DecodeService, GatewaySession
 from tandem.engine import IterationOutput
-from tandem.router.lending import local_prefill_limit
+from tandem.router.lending import local_prefill_limit, may_change_places
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import (
     error_to_failed,
@@ -132,10 +132,8 @@ class DecodeWorker:
         if self._runtime.scheduler.num_waiting:
             self._lender.keep_where_it_is()
         settled = self._pipeline.run(plan)
-        if plan.chunks:
-            # Without a prompt anywhere there is nothing to move: decoding alone costs nothing here.
-            has_prompts = plan.num_tokens > len(plan.chunks) or self._handoff.has_legs
-            self._lender.news |= has_prompts or self._runtime.scheduler.num_waiting > 0
+        if plan.chunks and may_change_places(plan, self._runtime.scheduler):
+            self._lender.news = True
         self._flush()
         return bool(settled or plan.chunks or plan.preempted or plan.admitted)
 
@@ -368,6 +366,7 @@ class DecodeWorker:
         self._runtime.scheduler.finish(active.sequence, reason)
         del self._active[active.key]
         del self._by_sequence[active.sequence]
+        self._lender.news |= self._handoff.has_legs  # what it took is free for prompts
         self._runtime.metrics.count_request(outcome)
         self._runtime.trace.stage(active.request.request_id, "finished")
         if active.first_token_at is not None:

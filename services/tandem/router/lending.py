@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from tandem.core.config import LendingConfig, TandemConfig
-from tandem.core.sequence import Sequence
+from tandem.core.sequence import IterationPlan, Sequence
 from tandem.scheduler import Scheduler
 from tandem.scheduler.costs import IterationCosts, Work
 from tandem.scheduler.prompt_room import MIN_ROOM, running_work
@@ -42,6 +42,12 @@ class PromptWork(NamedTuple):
         length = max(0, end - start)
         attended = length * start + length * length // 2
         return PromptWork(self.tokens + length, self.attended + attended)
+
+    def exchanging(self, old: PromptWork, new: PromptWork) -> PromptWork:
+        """This work with `new` in the place of `old`, a part of it."""
+        return PromptWork(
+            self.tokens - old.tokens + new.tokens, self.attended - old.attended + new.attended
+        )
 
 
 NO_WORK = Work()
@@ -244,6 +250,16 @@ def advised_move(
     looked_at = islice(prompts, MOST_PROMPTS)
     move = best_move(here, elsewhere, looked_at, config.margin, config.min_gain)
     return move.key if move else None
+
+
+def may_change_places(plan: IterationPlan, scheduler: Scheduler) -> bool:
+    """Whether a decode worker's iteration may be why a prompt should be computed elsewhere now.
+
+    Not if there was no prompt in it and none waits: then all are elsewhere, and decode steps, which
+    take longer from token to token, only speak for leaving them there. What speaks for fetching
+    them is news of other kinds: a sequence or a leg ends, a prefill worker reports.
+    """
+    return plan.num_tokens > len(plan.chunks) or bool(scheduler.waiting)
 
 
 def may_keep(

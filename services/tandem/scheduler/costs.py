@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from tandem.core.sequence import ScheduledChunk
+from tandem.scheduler.least_squares import LONGEST_RUN, FadingSquares, Run, Terms
 
 _SCALE = (1.0, 64.0, 8.0, 4096.0, 65536.0)
 """Typical sizes of the terms below: dividing by them keeps the estimate well conditioned."""
-_FORGETTING = 0.98
-_RIDGE = 1e-9
+_CONTEXT_SCALE = _SCALE[3]
 _TRUSTED_AFTER = 8
 
 
@@ -29,10 +29,9 @@ class Work(NamedTuple):
 
     def plus_prompt(self, start: int, length: int) -> Work:
         """This work and a chunk of `length` prompt tokens after the first `start` ones."""
-        return self._replace(
-            prompt_tokens=self.prompt_tokens + length,
-            attended=self.attended + length * start + length * length // 2,
-        )
+        prompt_tokens, decodes, context, attended = self
+        more = length * start + length * length // 2
+        return Work(prompt_tokens + length, decodes, context, attended + more)
 
 
 def work_of(chunks: Iterable[ScheduledChunk]) -> Work:
@@ -59,11 +58,21 @@ class IterationCosts(NamedTuple):
 
     def seconds(self, work: Work) -> float:
         """Return how long an iteration should take; never negative."""
-        return max(0.0, sum(cost * size for cost, size in zip(self, (1, *work), strict=True)))
+        fixed, prompt_token, decode, context, attended = self
+        return max(
+            0.0,
+            fixed
+            + prompt_token * work.prompt_tokens
+            + decode * work.decodes
+            + context * work.context
+            + attended * work.attended,
+        )
 
     def most_prompt_tokens(self, work: Work, start: int, limit: int, seconds: float) -> int:
         """Return how long a chunk may be so that `work` and it stay within `seconds`; at most
         `limit`, and 0 when not even one token fits."""
+        if self.seconds(work.plus_prompt(start, limit)) <= seconds:
+            return limit
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -80,15 +89,23 @@ class CostEstimator:
     Old iterations are forgotten exponentially, so that the estimate follows a machine that changes.
     A little ridge holds the estimate where it was in directions that measurements say nothing of:
     a worker that only decodes for an hour still knows what a prompt costs.
+
+    Decode steps of one batch are kept as they come, and taken in all together, in closed form, when
+    somebody asks: telling is almost free, and a run that is told at once leaves the estimate that
+    its steps leave one by one, to the last bit.
     """
 
     def __init__(self) -> None:
-        size = len(_SCALE)
-        self._squares = [[0.0] * size for _ in range(size)]
-        self._products = [0.0] * size
+        self._sums = FadingSquares()
         self._count = 0
+        self._first = Work()
+        self._run: list[float] = []
+        """Seconds of iterations that are not in the sums yet. The first of them had the work
+        `_first`, each later one a token of context more per sequence."""
+        self._next = Work()
+        """Of the decode step that would be the next of the run."""
         self._weights: list[float] | None = None
-        self._anchor = [0.0] * size
+        self._anchor = [0.0] * len(_SCALE)
         self._knows_prompts = False
 
     @property
@@ -123,17 +140,27 @@ class CostEstimator:
 
     def measured(self, work: Work, seconds: float) -> None:
         """Learn from one iteration."""
-        self._solved()  # the anchor follows the estimate before this measurement dilutes it
+        self.measured_run(work, (seconds,))
+
+    def measured_run(self, work: Work, seconds: Iterable[float]) -> None:
+        """Learn from iterations in a row. The first had `work`; if there are more, all are decode
+        steps of one batch, each with a token of context more per sequence than the one before."""
         self._knows_prompts = self._knows_prompts or work.prompt_tokens > 0
-        terms = _terms(work)
-        for row, a in zip(self._squares, terms, strict=True):
-            row[:] = [_FORGETTING * old + a * b for old, b in zip(row, terms, strict=True)]
-        self._products = [
-            _FORGETTING * old + term * seconds
-            for old, term in zip(self._products, terms, strict=True)
-        ]
-        self._count += 1
-        self._weights = None
+        if work != self._next:
+            self._take_in()
+            self._first = self._next = work
+        for value in seconds:
+            self._run.append(value)
+            self._count += 1
+            self._weights = None
+            if self._count % LONGEST_RUN == 0:
+                self._next = self._after_run()
+                self._anchor = self._solved()  # before too much that it rests on is forgotten
+        self._next = self._after_run()
+
+    def _after_run(self) -> Work:
+        prompt_tokens, decodes, context, attended = self._first
+        return Work(prompt_tokens, decodes, context + len(self._run) * decodes, attended)
 
     def most_prompt_tokens(self, work: Work, start: int, limit: int, seconds: float) -> int:
         """As `IterationCosts.most_prompt_tokens`, by the estimate."""
@@ -141,28 +168,24 @@ class CostEstimator:
 
     def _solved(self) -> list[float]:
         if self._weights is None:
-            self._weights = self._anchor = _solve(self._squares, self._products, self._anchor)
+            self._take_in()
+            self._weights = self._sums.solved(self._anchor)
         return self._weights
 
+    def _take_in(self) -> None:
+        """Add the run to the sums, and begin another after it."""
+        if self._run:
+            growth = self._first.decodes / _CONTEXT_SCALE
+            self._sums.add(Run(_terms(self._first), growth, self._run))
+            self._first, self._run = self._next, []
 
-def _terms(work: Work) -> tuple[float, ...]:
-    return tuple(value / scale for value, scale in zip((1, *work), _SCALE, strict=True))
 
-
-def _solve(squares: list[list[float]], products: list[float], anchor: list[float]) -> list[float]:
-    """Solve the normal equations by elimination, pulled a little towards the anchor."""
-    size = len(products)
-    rows = [[*row, product] for row, product in zip(squares, products, strict=True)]
-    for pivot in range(size):
-        rows[pivot][pivot] += _RIDGE
-        rows[pivot][size] += _RIDGE * anchor[pivot]
-    for pivot in range(size):
-        for row in range(pivot + 1, size):
-            factor = rows[row][pivot] / rows[pivot][pivot]
-            for column in range(pivot, size + 1):
-                rows[row][column] -= factor * rows[pivot][column]
-    weights = [0.0] * size
-    for row in reversed(range(size)):
-        known = sum(rows[row][column] * weights[column] for column in range(row + 1, size))
-        weights[row] = (rows[row][size] - known) / rows[row][row]
-    return weights
+def _terms(work: Work) -> Terms:
+    fixed, prompt_token, decode, context, attended = _SCALE
+    return (
+        1 / fixed,
+        work.prompt_tokens / prompt_token,
+        work.decodes / decode,
+        work.context / context,
+        work.attended / attended,
+    )

@@ -7,7 +7,10 @@ over such stretches; a worker, which has to compute them, has no use for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+
 from tandem.core.sequence import IterationPlan, ScheduledChunk
+from tandem.scheduler.costs import work_of
 from tandem.scheduler.policies import Policy
 from tandem.scheduler.scheduler import Scheduler, holder_of
 
@@ -21,8 +24,6 @@ def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
     if scheduler.waiting or len(plan.chunks) != len(scheduler.running):
         return 0
     if not plan.chunks or not is_indifferent(scheduler.policy):
-        return 0
-    if scheduler.prompt_room is not None:  # lending learns from every iteration
         return 0
     steps = most
     for sequence, _, length, samples, _ in plan.chunks:
@@ -63,6 +64,17 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
     for _, place, block in sorted(filled):  # in the order in which single steps fill them
         scheduler.publish(plan.chunks[place].sequence, block * size, (block + 1) * size)
     return IterationPlan(tuple(chunks))
+
+
+def measured(scheduler: Scheduler, plan: IterationPlan, seconds: SequenceOf[float]) -> None:
+    """Learn how long the iteration of `plan`, and the equal ones after it, took.
+
+    The same as `Scheduler.measured` at every step, for a policy that is indifferent.
+    """
+    work = work_of(plan.chunks)
+    scheduler.costs.measured_run(work, seconds)
+    for each in seconds:
+        scheduler.preemption.measured(work, each)
 
 
 def _blocks_missing(scheduler: Scheduler, plan: IterationPlan, steps: int) -> int:

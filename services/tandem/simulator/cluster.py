@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError, IntegrityError
@@ -49,12 +49,10 @@ def simulate(
 ) -> Report:
     """Run a trace to its last token. The same arguments give the same report.
 
-    Raises `IntegrityError` if a block is still held when everything has ended.
+    Raises `IntegrityError` if a block is held, or a prompt counted, when everything has ended.
     """
+    spec = spec if spec.num_prefill else _without_lending(spec)
     config = spec.config
-    if not spec.num_prefill:
-        lending = config.lending.model_copy(update={"mode": "threshold"})
-        config = config.model_copy(update={"lending": lending})
     block_size = config.cache.block_size
     if any(request.hash_ids for request in trace) and HASHED_TOKENS % block_size:
         raise ConfigError(f"cache.block_size must divide {HASHED_TOKENS} for traces with hashes")
@@ -65,16 +63,14 @@ def simulate(
             "a cluster with a prefill worker, or simulate without (--prefill 0)"
         )
     links = Links(spec.profile.link or _NO_LINK)
-    router = Router(spec.config.gateway.router, block_size, spec.seed)
+    router = Router(config.gateway.router, block_size, spec.seed)
     way = spec.profile.gateway_seconds + rpc
     gateway = SimulatedGateway(trace, router, clock, report, block_size, way, recorder)
     machines = _machines(spec)
     loops = {role: _loops(role, spec, trace, clock, report, recorder, machines) for role in ROLES}
     prefill: dict[str, SimulatedPrefill] = {}
     for loop in loops["prefill"]:
-        prefill[loop.name] = worker = SimulatedPrefill(
-            loop, spec.config.scheduler, clock, links, rpc, recorder
-        )
+        prefill[loop.name] = worker = SimulatedPrefill(loop, config, clock, links, rpc, recorder)
         loop.attach(worker)
     decode: dict[str, SimulatedDecode] = {}
     for loop in loops["decode"]:
@@ -85,6 +81,9 @@ def simulate(
     for loop in (*loops["prefill"], *loops["decode"]):
         if loop.scheduler.pool.num_used:
             raise IntegrityError(f"{loop.name}: held to the end: {loop.scheduler.pool.holders()}")
+    for worker in prefill.values():
+        if worker.num_pending:
+            raise IntegrityError(f"{worker.name}: {worker.num_pending} tokens counted to the end")
     report.num_preemptions = sum(
         sum(loop.scheduler.num_preempted.values()) for loop in loops["decode"]
     )
@@ -92,6 +91,12 @@ def simulate(
     busy = sum(links.busy_seconds.values())
     report.link_busy = busy / max(report.seconds * len(links.busy_seconds), 1e-9)
     return report
+
+
+def _without_lending(spec: ClusterSpec) -> ClusterSpec:
+    """Without prefill workers nothing is lent, and nobody need learn what it would cost."""
+    lending = spec.config.lending.model_copy(update={"mode": "threshold"})
+    return replace(spec, config=spec.config.model_copy(update={"lending": lending}))
 
 
 def _loops(

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import TandemError
 from tandem.core.sequence import IterationPlan, Sequence
-from tandem.router.lending import (
-    MOST_PROMPTS,
-    Prompt,
-    advised_move,
-    local_prefill_limit,
-    may_keep,
-    prompt_of,
-    prompts_here,
-)
+from tandem.router.lending import local_prefill_limit, may_change_places
 from tandem.scheduler import Scheduler
-from tandem.scheduler.prompt_room import PromptRoom
 from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.gateway import SimulatedGateway
 from tandem.simulator.iterations import TOKEN, IterationLoop
+from tandem.simulator.lending import SimulatedLender
 from tandem.simulator.prefill import SimulatedPrefill
 
 
 class SimulatedDecode:
     """The counterpart of `tandem.decode.worker.DecodeWorker` and its `Handoff`."""
-
-    decodes = True
 
     def __init__(
         self,
@@ -44,18 +32,15 @@ class SimulatedDecode:
         self._loop = loop
         self._clock = clock
         self._rpc_seconds = rpc_seconds
-        self._lending = config.lending
-        self.hears_progress = config.lending.mode == "measured"
+        self._lender = SimulatedLender(self, loop, config)
+        self.hears_progress = self._lender.is_measured
         """Whether it matters here how far a prefill worker has come."""
         self._local_max = local_prefill_limit(config)
         self._gateway = gateway
         self._by_sequence: dict[Sequence, Flight] = {}
-        self._legs: dict[Flight, SimulatedLeg] = {}
+        self.legs: dict[Flight, SimulatedLeg] = {}
+        """Prompts that prefill workers compute."""
         self._legs_on: Counter[SimulatedPrefill] = Counter()
-        self._news = False
-        if config.lending.mode == "measured":
-            objective = config.scheduler.itl_objective
-            loop.scheduler.prompt_room = PromptRoom(objective, heeds_joining=True)
 
     def submit(self, flight: Flight) -> None:
         """Take a request."""
@@ -75,16 +60,21 @@ class SimulatedDecode:
         """Send a sequence where the KV of its tokens is to be made."""
         missing = flight.sequence.num_tokens - self._loop.scheduler.peek_cached(flight.sequence)
         is_here = flight.prefill is None or missing <= self._local_max
-        if flight.prefill is not None and self._is_sooner_elsewhere(flight, is_here=is_here):
+        if self._lender.is_sooner_elsewhere(flight, is_here=is_here):
             is_here = not is_here
             flight.is_lent = is_here
         if is_here:
-            flight.sequence.remote = False
-            self._enqueue(flight)
+            self.compute_here(flight)
         else:
-            self._begin_leg(flight)
+            self.begin_leg(flight)
 
-    def _begin_leg(self, flight: Flight) -> None:
+    def compute_here(self, flight: Flight) -> None:
+        """Let a sequence that has no leg compute what it lacks itself."""
+        self._loop.scheduler.withdraw(flight.sequence)
+        flight.sequence.remote = False
+        self._enqueue(flight)
+
+    def begin_leg(self, flight: Flight) -> None:
         """Let the prefill worker compute what a sequence lacks."""
         sequence, target = flight.sequence, flight.prefill
         if target is None:
@@ -93,7 +83,7 @@ class SimulatedDecode:
         idle = self._legs_on[target] == 0
         self._legs_on[target] += 1
         flight.leg = leg = SimulatedLeg(self._sequence_of_leg(flight), sequence.num_tokens)
-        self._legs[flight] = leg
+        self.legs[flight] = leg
         if sequence.phase == "receiving":
             self._grant(flight, leg, target)
         elif idle:  # reserve now and let the request carry its grant
@@ -157,9 +147,9 @@ class SimulatedDecode:
     def _end_leg(self, flight: Flight) -> None:
         if flight.prefill is not None and flight.leg is not None:
             self._legs_on[flight.prefill] -= 1
-            del self._legs[flight]
+            del self.legs[flight]
             flight.leg = None
-            self._news = True
+            self._lender.news()
 
     def prefill_failed(self, flight: Flight) -> None:
         """The prefill worker is too full for the leg after all: compute what is missing here."""
@@ -167,16 +157,23 @@ class SimulatedDecode:
         if flight.sequence.phase == "receiving":
             self._loop.scheduler.fall_back(flight.sequence)
         else:
-            self._loop.scheduler.withdraw(flight.sequence)
-            flight.sequence.remote = False
-            self._enqueue(flight)
+            self.compute_here(flight)
         self._loop.wake()
 
     # ------------------------------------------------------------------ around an iteration
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether nothing but decode steps is to be done for now: no prompt may have to move."""
+        return not self._lender.has_news
+
     def before_plan(self) -> None:
         """Requests come by themselves; where their prompts are computed may change."""
-        self._rebalance()
+        self._lender.rebalance()
+
+    def planned(self) -> None:
+        """Requests that found no blocks may be decoded where they were prefilled."""
+        self._lender.keep_where_it_is()
 
     def admitted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
@@ -186,7 +183,7 @@ class SimulatedDecode:
         if not sequence.remote or leg is None or target is None:
             return
         if sequence.num_uncomputed <= self._local_max and not leg.is_kept:
-            self._cancel(flight, leg, target)
+            self._cancel(flight, leg)
             self._loop.scheduler.fall_back(sequence)
             return
         self._grant(flight, leg, target)
@@ -209,116 +206,11 @@ class SimulatedDecode:
         else:
             self._loop.scheduler.fall_back(sequence)
 
-    def _cancel(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
+    def _cancel(self, flight: Flight, leg: SimulatedLeg) -> None:
         """Drop a leg that has not been granted."""
-        if leg.was_asked:
-            self._clock.after(self._rpc_seconds, target.cancel, flight, leg)
+        if leg.was_asked and flight.prefill is not None:
+            self._clock.after(self._rpc_seconds, flight.prefill.cancel, flight, leg)
         self._end_leg(flight)
-
-    # ------------------------------------------------------------------ lending
-
-    def progressed(self, leg: SimulatedLeg, num_computed: int) -> None:
-        """The prefill worker has computed a chunk."""
-        leg.computed = num_computed
-        self._news = True
-
-    def was_cut(self, flight: Flight, leg: SimulatedLeg, num_tokens: int) -> None:
-        """What was computed of a leg has landed: go on from there."""
-        if flight.leg is leg:
-            self._end_leg(flight)
-            self._loop.scheduler.landed(flight.sequence, num_tokens)
-            self._loop.scheduler.fall_back(flight.sequence)
-            self._loop.wake()
-
-    def kept_token(self, flight: Flight, leg: SimulatedLeg) -> None:
-        """The prefill worker decodes this request: pass its token on."""
-        if flight.leg is leg:
-            self._gateway.report.kept_tokens += 1
-            self._token(flight)
-            if flight.sequence.phase == "finished":
-                self._end_leg(flight)
-            self._loop.wake()
-
-    def planned(self) -> None:
-        """Let idle prefill workers decode requests for which there are no blocks here."""
-        scheduler = self._loop.scheduler
-        if self._lending.mode != "measured" or not scheduler.waiting:
-            return
-        for sequence in islice(scheduler.waiting, MOST_PROMPTS):
-            flight = self._by_sequence[sequence]
-            leg, target = flight.leg, flight.prefill
-            if leg is None or target is None or leg.phase != "offered":
-                continue
-            if self._may_keep(flight, target):
-                leg.phase, leg.is_kept, leg.was_kept, leg.was_asked = "kept", True, True, True
-                self._clock.after(self._rpc_seconds, target.keep, flight, leg)
-
-    def _may_keep(self, flight: Flight, target: SimulatedPrefill) -> bool:
-        load = target.load(self)
-        phases = [leg.phase for other, leg in self._legs.items() if other.prefill is target]
-        scheduler, most = self._loop.scheduler, self._lending.max_kept
-        return load is not None and may_keep(scheduler, flight.sequence, load, phases, most)
-
-    def _prompts(self) -> Iterator[Prompt[Flight]]:
-        """Every prompt of this worker in the order in which its place serves it."""
-        for sequence in prompts_here(self._loop.scheduler):
-            yield self._prompt(self._by_sequence[sequence], sequence.num_computed, is_here=True)
-        for flight, leg in self._legs.items():
-            if not (leg.phase == "cutting" or leg.was_kept or leg.first_token_at):
-                yield self._prompt(flight, max(leg.computed, leg.held_tokens), is_here=False)
-
-    def _prompt(self, flight: Flight, start: int, *, is_here: bool) -> Prompt[Flight]:
-        return prompt_of(
-            self._loop.scheduler,
-            flight,
-            flight.sequence,
-            start,
-            flight.prefill.name if flight.prefill else "",
-            is_here=is_here,
-            moves_left=self._lending.max_moves - flight.moves,
-        )
-
-    def _advised_move(self, prompts: Iterable[Prompt[Flight]]) -> Flight | None:
-        prompts = list(islice(prompts, MOST_PROMPTS))
-        targets = [prompt.key.prefill for prompt in prompts if prompt.key.prefill]
-        loads = {target.name: target.load(self) for target in dict.fromkeys(targets)}
-        known = {name: load for name, load in loads.items() if load is not None}
-        return advised_move(self._loop.scheduler, known, prompts, self._lending)
-
-    def _is_sooner_elsewhere(self, flight: Flight, *, is_here: bool) -> bool:
-        """Whether a prompt that comes now should not go where it would by default."""
-        if self._lending.mode != "measured":
-            return False
-        fixed = [prompt._replace(may_move=False) for prompt in self._prompts()]
-        start = self._loop.scheduler.peek_cached(flight.sequence)
-        return self._advised_move([*fixed, self._prompt(flight, start, is_here=is_here)]) is flight
-
-    def _rebalance(self) -> None:
-        """Move prompts while that makes one end sooner."""
-        while self._news and self._lending.mode == "measured":
-            flight = self._advised_move(self._prompts())
-            self._news = flight is not None
-            if flight is not None:
-                flight.moves += 1
-                self._move(flight)
-
-    def _move(self, flight: Flight) -> None:
-        scheduler, sequence, leg = self._loop.scheduler, flight.sequence, flight.leg
-        flight.is_lent = leg is not None
-        if leg is None:
-            if sequence.phase == "waiting":
-                scheduler.withdraw(sequence)
-            else:
-                scheduler.hand_out(sequence)
-            self._begin_leg(flight)
-        elif leg.phase == "granted" and flight.prefill:
-            leg.phase = "cutting"
-            self._clock.after(self._rpc_seconds, flight.prefill.cut, flight, leg)
-        elif flight.prefill:
-            self._cancel(flight, leg, flight.prefill)
-            scheduler.withdraw(sequence)
-            sequence.remote = False
-            self._enqueue(flight)
 
     def preempted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
@@ -330,15 +222,15 @@ class SimulatedDecode:
         """Count what was computed for the prefill pool."""
         if not self.hears_progress:
             return
-        for chunk in plan.chunks:
-            if chunk.length > 1:
-                self._news = True
-                if self._by_sequence[chunk.sequence].is_lent:
+        if plan.num_tokens > len(plan.chunks):
+            for chunk in plan.chunks:
+                if chunk.length > 1 and self._by_sequence[chunk.sequence].is_lent:
                     self._gateway.report.lent_tokens += chunk.length
+        if may_change_places(plan, self._loop.scheduler):
+            self._lender.news()
 
     def ended(self) -> None:
-        """Without a prompt anywhere there is nothing to move."""
-        self._news |= bool(self._legs or self._loop.scheduler.waiting)
+        """Nothing waits for the end of an iteration."""
 
     def sampled(self, sequences: list[Sequence]) -> None:
         scheduler, arrival = self._loop.scheduler, self._clock.now + self._rpc_seconds
@@ -372,5 +264,53 @@ class SimulatedDecode:
         if len(sequence.token_ids) >= flight.request.max_len:
             scheduler.finish(sequence, "length")
             del self._by_sequence[sequence]
+            if self.legs:
+                self._lender.news()  # its blocks and its part of each iteration are free
             self._gateway.stage(flight, self.name, "finished")
             self._gateway.finished(flight)
+
+    # ------------------------------------------------------------------ lending
+
+    def flight_of(self, sequence: Sequence) -> Flight:
+        """Return the request of a sequence of this worker."""
+        return self._by_sequence[sequence]
+
+    def progressed(self, leg: SimulatedLeg, num_computed: int) -> None:
+        """The prefill worker has computed a chunk."""
+        leg.computed = num_computed
+
+    def reported(self) -> None:
+        """A prefill worker that computes prompts for this one has said how loaded it is."""
+        self._lender.news()
+        self._loop.wake()
+
+    def was_cut(self, flight: Flight, leg: SimulatedLeg, num_tokens: int) -> None:
+        """What was computed of a leg has landed: go on from there."""
+        if flight.leg is leg:
+            self._end_leg(flight)
+            self._loop.scheduler.landed(flight.sequence, num_tokens)
+            self._loop.scheduler.fall_back(flight.sequence)
+            self._loop.wake()
+
+    def kept_token(self, flight: Flight, leg: SimulatedLeg) -> None:
+        """The prefill worker decodes this request: pass its token on."""
+        if flight.leg is leg:
+            self._gateway.report.kept_tokens += 1
+            self._token(flight)
+            if flight.sequence.phase == "finished":
+                self._end_leg(flight)
+            self._loop.wake()
+
+    def keep(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
+        """Let the prefill worker decode a request for which there are no blocks here."""
+        leg.phase, leg.is_kept, leg.was_kept, leg.was_asked = "kept", True, True, True
+        self._clock.after(self._rpc_seconds, target.keep, flight, leg)
+
+    def cut(self, flight: Flight, leg: SimulatedLeg) -> bool:
+        """End a leg with the chunk under way; False: it had not begun and is over at once."""
+        if flight.prefill is not None and leg.phase == "granted":
+            leg.phase = "cutting"
+            self._clock.after(self._rpc_seconds, flight.prefill.cut, flight, leg)
+            return True
+        self._cancel(flight, leg)
+        return False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tandem.core.request import Request
 from tandem.core.sequence import Sequence
-from tandem.router.lending import LegPhase
+from tandem.router.lending import NO_PROMPTS, LegPhase, PromptWork
 
 if TYPE_CHECKING:
     from tandem.simulator.decode import SimulatedDecode
@@ -31,8 +31,8 @@ class SimulatedLeg:
     has_landed: bool = False
     computed: int = 0
     """Tokens that the prefill worker has said to have computed."""
-    done: int = 0
-    """Tokens that it has computed, on the prefill worker."""
+    left: PromptWork = NO_PROMPTS
+    """What the prefill worker still has to compute, as it knows."""
     is_kept: bool = False
     """Whether the prefill worker decodes it while the decode worker has no blocks."""
     was_kept: bool = False

@@ -9,14 +9,14 @@ wakes the loop, which ends the leap with the iteration that is under way.
 from __future__ import annotations
 
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.kvcache.host_tier import BlockCopy
 from tandem.scheduler import Scheduler
 from tandem.scheduler.costs import work_of
-from tandem.scheduler.steady import repeat, steady_steps
+from tandem.scheduler.steady import measured, repeat, steady_steps
 from tandem.simulator.clock import Clock
 from tandem.simulator.machines import WorkerTime
 from tandem.simulator.report import PoolUse
@@ -33,8 +33,9 @@ TOKEN = 0
 class WorkerRole(Protocol):
     """What a prefill or decode worker does around an iteration."""
 
-    decodes: bool
-    """Whether sequences stay after their first token, so that decode steps may be leapt over."""
+    @property
+    def is_steady(self) -> bool:
+        """Whether decode steps may be leapt over: nobody has to be asked after each."""
 
     def before_plan(self) -> None: ...
 
@@ -167,7 +168,7 @@ class IterationLoop:
         work = work_of(plan.chunks)
         end = now + self._time.begin(work)
         self._plan, self.began, self._ends = plan, now, [end]
-        if self._leaps and self._role.decodes and not work.prompt_tokens:
+        if self._leaps and self._role.is_steady and not work.prompt_tokens:
             steps = steady_steps(self._scheduler, plan, LONGEST_LEAP)
             if steps:
                 self._ends = list(accumulate(self._time.ahead(steps, work), initial=end))
@@ -180,6 +181,9 @@ class IterationLoop:
             return
         ended = min(bisect_right(ends, now), len(ends) - 1)
         plan, over = self._plan, ends[:ended]
+        if self._learns:
+            seconds = [end - start for start, end in pairwise((self.began, *over))]
+            measured(self._scheduler, plan, seconds)
         self._plan = repeat(self._scheduler, plan, ended, TOKEN)
         self._time.took(ended)
         lasted = over[-1] - self.began

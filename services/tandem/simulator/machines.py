@@ -57,8 +57,10 @@ class WorkerTime:
         """Return the seconds of decode steps that may follow one with `work`, each with a token
         of context more per sequence. Their numbers are taken by `took`."""
         if not self._cost.jitter:
-            first, more = self._cost.seconds(work), self._cost.context * work.decodes
-            return [first + more * step for step in range(1, steps + 1)]
+            rest, each = self._cost.seconds(work._replace(context=0)), self._cost.context
+            return [
+                rest + each * (work.context + step * work.decodes) for step in range(1, steps + 1)
+            ]
         seconds = []
         for step in range(steps):
             work = work._replace(context=work.context + work.decodes)

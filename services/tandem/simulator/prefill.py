@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from tandem.core.config import SchedulerConfig
+from tandem.core.config import TandemConfig
 from tandem.core.errors import OverloadedError
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.router.lending import NO_PROMPTS, PromptWork, WorkerLoad, load_of
@@ -25,12 +25,13 @@ _ITERATIONS_OFFERED_AHEAD = 2
 class SimulatedPrefill:
     """The counterpart of `tandem.prefill.worker.PrefillWorker`."""
 
-    decodes = False
+    is_steady = False
+    """Every iteration is another."""
 
     def __init__(
         self,
         loop: IterationLoop,
-        config: SchedulerConfig,
+        config: TandemConfig,
         clock: Clock,
         links: Links,
         rpc_seconds: float,
@@ -42,7 +43,10 @@ class SimulatedPrefill:
         self._links = links
         self._rpc_seconds = rpc_seconds
         self._recorder = recorder
-        self._ahead_limit = _ITERATIONS_OFFERED_AHEAD * config.max_batch_tokens
+        self._ahead_limit = _ITERATIONS_OFFERED_AHEAD * config.scheduler.max_batch_tokens
+        self._reports = config.lending.mode == "measured"
+        self._heartbeat_seconds = config.worker.heartbeat_interval
+        self._is_beating = False
         self._by_sequence: dict[Sequence, tuple[Flight, SimulatedLeg]] = {}
         self._queued: dict[SimulatedDecode, dict[Sequence, None]] = defaultdict(dict)
         self._num_queued = 0
@@ -50,26 +54,44 @@ class SimulatedPrefill:
         """Tokens offered to each decode worker and not started."""
         self._pending: dict[SimulatedDecode, PromptWork] = defaultdict(PromptWork)
         """What is left to compute for each decode worker."""
+        self._pending_in_all = NO_PROMPTS
         self._handovers: list[tuple[Flight, SimulatedLeg]] = []
         """Kept legs that were granted in an iteration."""
         self._cuts: list[tuple[Flight, SimulatedLeg]] = []
+
+    @property
+    def num_pending(self) -> int:
+        """Prompt tokens that it still has to compute for decode workers that lend."""
+        return self._pending_in_all.tokens
 
     def load(self, asker: SimulatedDecode) -> WorkerLoad | None:
         """What it says of itself to a decode worker; None: it has not computed enough to know."""
         if not self._loop.scheduler.costs.trusted:
             return None
-        others = [work for decode, work in self._pending.items() if decode is not asker]
-        tokens, attended = (sum(each) for each in zip(*others, strict=True)) if others else (0, 0)
+        others = self._pending_in_all.exchanging(self._pending[asker], NO_PROMPTS)
         credit = self._clock.now - self._loop.began if self._loop.is_busy else 0.0
-        return load_of(self._loop.scheduler, PromptWork(tokens, attended), credit)
+        return load_of(self._loop.scheduler, others, credit)
+
+    def _beat(self) -> None:
+        """Report to the decode workers that wait for legs, now and then, as a live worker does."""
+        if self._reports and not self._is_beating:
+            self._is_beating = True
+            self._clock.after(self._heartbeat_seconds, self._report)
+
+    def _report(self) -> None:
+        self._is_beating = False
+        for decode in dict.fromkeys(flight.decode for flight, _ in self._by_sequence.values()):
+            self._clock.after(self._rpc_seconds, decode.reported)
+            self._beat()
 
     # ------------------------------------------------------------------ what decode workers say
 
     def prefill(self, flight: Flight, leg: SimulatedLeg, granted: bool) -> None:
         """Take a leg."""
         leg.sequence.arrived_at = self._clock.now
-        self._count(flight, leg.held_tokens if granted else 0, leg.num_tokens, 1)
         self._by_sequence[leg.sequence] = flight, leg
+        self._reached(flight, leg, 0)
+        self._beat()
         if granted:
             self._ahead[flight.decode] += leg.num_tokens
             self.grant(flight, leg)
@@ -86,6 +108,7 @@ class SimulatedPrefill:
                 self._hand_over_now()
                 self._loop.wake()
             return
+        self._reached(flight, leg, leg.held_tokens)
         leg.sequence.remote = leg.held_tokens > 0
         try:
             self._loop.scheduler.add(leg.sequence)
@@ -99,7 +122,7 @@ class SimulatedPrefill:
         """Decode a leg here until the decode worker has blocks."""
         if leg.sequence not in self._by_sequence:
             leg.sequence.arrived_at = self._clock.now
-            self._count(flight, 0, leg.num_tokens, 1)
+            self._reached(flight, leg, 0)
             self._by_sequence[leg.sequence] = flight, leg
             self._ahead[flight.decode] += leg.num_tokens
         self._loop.scheduler.add(leg.sequence)
@@ -159,7 +182,7 @@ class SimulatedPrefill:
     def _forget(self, flight: Flight, leg: SimulatedLeg) -> None:
         """A leg is over before its end."""
         sequence = leg.sequence
-        self._count(flight, max(leg.done, leg.held_tokens), leg.num_tokens, -1)
+        self._reached(flight, leg, leg.num_tokens)
         if sequence in self._queued[flight.decode]:
             del self._queued[flight.decode][sequence]
             self._num_queued -= 1
@@ -168,14 +191,14 @@ class SimulatedPrefill:
         self._loop.scheduler.finish(sequence, None)
         del self._by_sequence[sequence]
 
-    def _count(self, flight: Flight, start: int, end: int, sign: int) -> None:
-        """Add to, or take from, what is left to compute for a decode worker."""
-        if flight.decode.hears_progress:
-            tokens, attended = NO_PROMPTS.plus(start, end)
-            before = self._pending[flight.decode]
-            self._pending[flight.decode] = PromptWork(
-                before.tokens + sign * tokens, before.attended + sign * attended
-            )
+    def _reached(self, flight: Flight, leg: SimulatedLeg, num_tokens: int) -> None:
+        """A leg is done up to there: the rest of it is what this worker still has to do."""
+        decode = flight.decode
+        if decode.hears_progress:
+            left = NO_PROMPTS.plus(num_tokens, leg.num_tokens)
+            self._pending[decode] = self._pending[decode].exchanging(leg.left, left)
+            self._pending_in_all = self._pending_in_all.exchanging(leg.left, left)
+            leg.left = left
 
     # ------------------------------------------------------------------ around an iteration
 
@@ -228,9 +251,7 @@ class SimulatedPrefill:
         now = self._clock.now
         for chunk in plan.chunks:
             flight, leg = self._by_sequence[chunk.sequence]
-            end = min(chunk.end, leg.num_tokens)
-            self._count(flight, max(chunk.start, leg.held_tokens), end, -1)
-            leg.done = end
+            self._reached(flight, leg, min(chunk.end, leg.num_tokens))
             if leg.is_kept:
                 continue
             if flight.decode.hears_progress:
