@@ -20,6 +20,7 @@ for a copy to host memory may be missing meanwhile, and are not counted in this.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Rows
 
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import OverloadedError
@@ -32,7 +33,7 @@ from tandem.scheduler.costs import CostEstimator, work_of
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
 from tandem.scheduler.host_copies import HostCopies
-from tandem.scheduler.policies import Policy, make_policy
+from tandem.scheduler.policies import Policy, Steps, make_policy
 from tandem.scheduler.preemption import Options, Preemption, Way
 from tandem.scheduler.prompt_room import PromptRoom
 from tandem.scheduler.sequence_queue import SequenceQueue
@@ -190,9 +191,11 @@ class Scheduler:
         draft = Draft(now, budget, self.running, self.waiting, self.receiving)
         draft.may_wait = may_wait
         draft.admits = self.num_running < self.config.max_running
-        for seq, limit in self.policy.tasks(draft):
-            if limit >= 1:
-                self._grant(seq, limit, draft)
+        for wish in self.policy.tasks(draft):
+            if isinstance(wish, Steps):
+                self._grant_steps(wish.sequences, draft)
+            elif wish.max_tokens >= 1:
+                self._grant(wish.sequence, wish.max_tokens, draft)
             if draft.tokens_left == 0 and draft.is_complete:
                 break
         return draft
@@ -202,14 +205,15 @@ class Scheduler:
 
         Nothing that it computes is published before its `advance`.
         """
+        max_model_len = self.max_model_len
         for seq, start, length, samples, _ in plan.chunks:
             seq.num_computed = end = start + length
             seq.num_under_way += 1
             if not samples:
                 continue
-            if seq.request.sampling.penalises:
+            if seq.penalises:
                 self.must_settle = True
-            elif end + 1 < seq.request.max_len and end + 1 < self.max_model_len:
+            elif end + 1 < seq.max_len and end + 1 < max_model_len:
                 seq.num_in_flight += 1
 
     def measured(self, plan: IterationPlan, seconds: float) -> None:
@@ -226,7 +230,7 @@ class Scheduler:
         Must be called for every launched plan, also for one that failed.
         """
         block_size = self.pool.block_size
-        for seq, start, length, *_ in plan.chunks:
+        for seq, start, length, _, _ in plan.chunks:
             end = start + length
             if seq.num_under_way:
                 seq.num_under_way -= 1
@@ -245,6 +249,14 @@ class Scheduler:
         seq.token_ids.append(token_id)
         if seq.num_in_flight:
             seq.num_in_flight -= 1
+
+    def _grant_steps(self, sequences: Rows[Sequence], draft: Draft) -> None:
+        """Grant one token of each of `sequences`, one after the other."""
+        rest = iter(sequences)
+        while (seq := draft.add_steps(rest, self.pool.block_size)) is not None:
+            self._grant(seq, 1, draft)
+            if draft.tokens_left == 0 and draft.is_complete:
+                return
 
     def _grant(self, seq: Sequence, limit: int, draft: Draft) -> None:
         """Let a sequence compute up to `limit` tokens if budget, blocks and places allow."""
