@@ -1,5 +1,6 @@
 """Iteration-level scheduling: what one forward pass computes. Pure; the same for both roles."""
 
+from tandem.scheduler.holdings import holder_of
 from tandem.scheduler.policies import (
     Policy,
     PoolRole,
@@ -9,7 +10,7 @@ from tandem.scheduler.policies import (
     make_policy,
     policy_name,
 )
-from tandem.scheduler.scheduler import Scheduler, holder_of
+from tandem.scheduler.scheduler import Scheduler
 
 __all__ = [
     "Policy",

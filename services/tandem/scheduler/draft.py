@@ -35,6 +35,8 @@ class Draft:
         self.may_wait = True
         self.waits = False
         """Whether a sequence is left out for want of a block that is sure to come."""
+        self.must_settle = False
+        """Whether somebody cannot go on before every iteration under way has ended."""
         self._running = running
         self._waiting = waiting
         self._receiving = receiving
