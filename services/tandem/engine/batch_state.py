@@ -25,8 +25,9 @@ class BatchState:
     def __init__(self, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         self._device = device
         self._slots = Slots()
-        self._tables = BlockTables(len(self._slots), device)
-        self._sampling = SamplingBatch(eos_token_ids, len(self._slots), device)
+        self._num_slots = len(self._slots)
+        self._tables = BlockTables(self._num_slots, device)
+        self._sampling = SamplingBatch(eos_token_ids, self._num_slots, device)
         self._index = (NO_SLOTS, upload(NO_SLOTS, device))
 
     def enter(self, sequences: Rows[Sequence]) -> Integers:
@@ -34,11 +35,11 @@ class BatchState:
 
         A sequence keeps its slot while it computes in every iteration and its blocks stay.
         """
-        before = len(self._slots)
         slots, new = self._slots.of([seq.block_table for seq in sequences])
-        if len(self._slots) > before:
-            self._tables.extend(len(self._slots))
-            self._sampling.extend(len(self._slots))
+        if new and len(self._slots) > self._num_slots:
+            self._num_slots = len(self._slots)
+            self._tables.extend(self._num_slots)
+            self._sampling.extend(self._num_slots)
         for place in new:
             self._tables.clear(slots[place])
             self._sampling.write(slots[place], sequences[place].request.sampling)

@@ -91,7 +91,7 @@ class InputBuilder:
         slots = self._state.enter(sequences)
         tables = self._state.block_tables(sequences, slots, -(-ends // self._block_size))
         batch = RaggedBatch.over(tables, first, counts, self._block_size)
-        known, awaited = self._token_ids(chunks, counts, slots, _flags(in_flight), previous)
+        known, awaited = self._token_ids(chunks, counts, slots, in_flight, previous)
         only_decodes = all(samples) and batch.num_tokens == len(chunks)
         prompt_rows: list[PromptRows] = []
         wanted: Tensor | None = None
@@ -119,14 +119,15 @@ class InputBuilder:
         chunks: Rows[ScheduledChunk],
         counts: Integers,
         slots: Integers,
-        in_flight: Flags,
+        awaited: Rows[bool],
         previous: Launched | None,
     ) -> tuple[Tensor | None, Awaited | None]:
         """Return the token ids that are known and where the others come from."""
-        if previous is not None and slots is previous.slots and in_flight.all():
+        if previous is not None and slots is previous.slots and all(awaited):
             return None, None
         known: list[int] = []
-        none_awaited = not in_flight.any()
+        in_flight = _flags(awaited)
+        none_awaited = not any(awaited)
         places = range(len(chunks)) if none_awaited else np.flatnonzero(~in_flight).tolist()
         for place in places:
             seq, start, length, *_ = chunks[place]
