@@ -153,7 +153,7 @@ class PrefillWorker:
         """Offer, schedule, run. Returns whether anything changed."""
         self._offer()
         plan = self._runtime.scheduler.schedule(time.monotonic())
-        self._runtime.start_copies()
+        self._runtime.prepare_blocks()
         for sequence in plan.admitted:
             if not self._runtime.scheduler.is_restoring(sequence):
                 self._start(self._by_sequence[sequence])
