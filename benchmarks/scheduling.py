@@ -22,9 +22,9 @@ from tandem.core.config import RouterConfig, SchedulerConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, Sequence
+from tandem.engine.batch_state import BatchState
 from tandem.engine.inputs import InputBuilder
 from tandem.engine.launched import Launched
-from tandem.engine.sampler import Sampler
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.hashing import chain_hashes
 from tandem.router import Router
@@ -49,7 +49,8 @@ class Decoding:
         blocks = (running + 2) * (PROMPT + 4 * ITERATIONS) // BLOCK
         pool = BlockPool(blocks, BLOCK, prefix_cache=False)
         self.scheduler = Scheduler(config, pool, max_model_len=PROMPT + 8 * ITERATIONS)
-        self._inputs = InputBuilder(Sampler((0,)), BLOCK, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        self._inputs = InputBuilder(BatchState((0,), cpu), BLOCK, cpu)
         self._under_way: list[tuple[IterationPlan, Launched]] = []
         self._last: Launched | None = None
         self._arrivals = 0
@@ -77,7 +78,7 @@ class Decoding:
         plan = self.scheduler.schedule()
         if plan.chunks:
             inputs = self._inputs.build(plan.chunks, self._last)
-            self._last = Launched(inputs.drawn)
+            self._last = Launched(inputs.drawn, inputs.slots)
             self.scheduler.launch(plan)
             self._under_way.append((plan, self._last))
         while len(self._under_way) > 1:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tandem.core.request import Request
+from tandem.core.request import Request, SampledToken
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
+from tandem.engine.batch_state import BatchState
 from tandem.engine.sampler import Sampler
 
 VOCAB = 24
@@ -28,8 +30,18 @@ def make_logits(rows: int = 1, vocab: int = VOCAB, seed: int = 0) -> Tensor:
     return torch.randn((rows, vocab), generator=torch.Generator().manual_seed(seed)) * 2
 
 
+def make_state() -> BatchState:
+    return BatchState(EOS, torch.device("cpu"))
+
+
+def sample(state: BatchState, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    positions = np.array([seq.num_tokens for seq in sequences], dtype=np.int64)
+    columns = state.columns(sequences, state.enter(sequences), positions)
+    return Sampler().draw(logits, columns).read()
+
+
 def draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    return [token.token_id for token in Sampler(EOS).sample(logits, sequences)]
+    return [token.token_id for token in sample(make_state(), logits, sequences)]
 
 
 def assert_distributed(tokens: list[int], probabilities: Tensor) -> None:
@@ -127,10 +139,10 @@ def test_a_draw_does_not_depend_on_the_batch() -> None:
     sequences = [
         make_sequence((row, 4, 9), (9, row), **sampling) for row, sampling in enumerate(MIXTURE)
     ]
-    sampler = Sampler(EOS)
-    together = sampler.sample(logits, sequences)
+    state = make_state()
+    together = sample(state, logits, sequences)
     for rows in ([4], [0, 9, 2], [7, 6, 5], list(reversed(range(len(MIXTURE))))):
-        part = sampler.sample(logits[rows], [sequences[row] for row in rows])
+        part = sample(state, logits[rows], [sequences[row] for row in rows])
         assert [token.token_id for token in part] == [together[row].token_id for row in rows]
 
 
@@ -181,10 +193,10 @@ def test_penalties_follow_a_sequence_as_it_grows() -> None:
         "repetition_penalty": 1.2,
     }
     logits = make_logits(1, vocab=200, seed=3)
-    sampler = Sampler(EOS)
+    state = make_state()
     seq = make_sequence(**sampling)
     for _ in range(300):
-        (token,) = sampler.sample(logits, [seq])
+        (token,) = sample(state, logits, [seq])
         fresh = make_sequence(output=tuple(seq.token_ids[3:]), **sampling)
         assert draw(logits, [fresh]) == [token.token_id]
         seq.token_ids.append(token.token_id)
@@ -199,7 +211,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
         make_sequence(seed=2),
         make_sequence(temperature=0.0, logprobs=0),
     ]
-    first, second, third = Sampler(EOS).sample(logits, sequences)
+    first, second, third = sample(make_state(), logits, sequences)
     exact = logits.double().log_softmax(-1)
     order = exact.argsort(dim=1, descending=True).tolist()
     assert first.logprobs is not None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from iterations import make_bench
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import ConfigError
-from tandem.scheduler import Policy, Task, View, make_policy, policy_name
+from tandem.scheduler import Policy, Steps, Task, View, make_policy, policy_name
 from tandem.scheduler.policies import ENTRY_POINT_GROUP, POLICIES
 
 
@@ -331,6 +333,36 @@ def test_a_policy_of_another_package_is_found_by_its_entry_point() -> None:
 def test_a_broken_policy_of_another_package_is_named(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}.*{message}"):
         make_policy(SchedulerConfig(policy=name))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("num_blocks", [22, 200])
+def test_steps_are_as_many_tasks(
+    name: str, num_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where blocks, tokens or places are short and somebody is preempted in between."""
+
+    def iterations(seed: int, *, one_by_one: bool) -> list[str]:
+        rng = random.Random(seed)
+        bench = make_bench(name, num_blocks=num_blocks, max_batch_tokens=6, max_running=10)
+        policy = bench.scheduler.policy
+        if one_by_one:
+            monkeypatch.setattr(policy, "tasks", partial(tasks_of, policy.tasks))
+        lines: list[str] = []
+        for index in range(14):
+            bench.add(chr(97 + index), rng.randint(1, 30), output=rng.randint(1, 25))
+            lines += bench.steps(rng.randint(0, 9))
+        return lines + bench.finish(5000)
+
+    def tasks_of(tasks: Callable[[View], Iterable[Task | Steps]], view: View) -> Iterable[Task]:
+        for wish in tasks(view):
+            if isinstance(wish, Steps):
+                yield from (Task(seq, 1) for seq in wish.sequences)
+            else:
+                yield wish
+
+    for seed in range(12):
+        assert iterations(seed, one_by_one=True) == iterations(seed, one_by_one=False)
 
 
 class Hostile(Policy):

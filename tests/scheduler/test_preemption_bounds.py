@@ -39,7 +39,8 @@ class Watch:
         self.resumed: dict[Sequence, Moment] = {}
         self.evicted: dict[tuple[Sequence, Sequence], Moment] = {}
         self.asks: Sequence | None = None
-        make_room, preempt, schedule = scheduler._make_room, scheduler._preempt, scheduler.schedule
+        room, schedule = scheduler._out_of_blocks, scheduler.schedule
+        make_room, preempt = room._make_room, room._preempt
 
         def watched_make_room(seq: Sequence, missing: int, draft: Draft) -> bool:
             self.asks = seq
@@ -60,8 +61,8 @@ class Watch:
                     self.num_first_admissions += 1
             return plan
 
-        scheduler._make_room = watched_make_room  # type: ignore[method-assign]
-        scheduler._preempt = watched_preempt  # type: ignore[method-assign]
+        room._make_room = watched_make_room  # type: ignore[method-assign]
+        room._preempt = watched_preempt  # type: ignore[method-assign]
         scheduler.schedule = watched_schedule  # type: ignore[method-assign]
 
     def moment(self) -> Moment:

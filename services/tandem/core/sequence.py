@@ -55,7 +55,13 @@ class Sequence:
     phase: Phase = "waiting"
     finish_reason: FinishReason | None = None
 
+    max_len: int = field(init=False)
+    """What its request says of both, at hand because every iteration asks."""
+    penalises: bool = field(init=False)
+
     def __post_init__(self) -> None:
+        self.max_len = self.request.max_len
+        self.penalises = self.request.sampling.penalises
         if not self.token_ids:
             self.token_ids = list(self.request.token_ids)
 

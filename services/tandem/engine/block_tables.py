@@ -1,9 +1,7 @@
 """The block tables of the sequences that compute, kept on the device between iterations.
 
-A cache: a row is written when its table is first seen and a cell when the table grows, so that an
-iteration costs what changed since the last one. Whatever is dropped here is written again.
-Invariant: block tables are lists that only grow while they are in use; a sequence that loses its
-blocks gets a new list.
+A row per slot. A row is written when its slot is new and a cell when the table grows, so that an
+iteration costs what changed since the last one.
 """
 
 from __future__ import annotations
@@ -14,98 +12,85 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tandem.core.sequence import Sequence
+from tandem.engine.slots import Integers
 from tandem_kernels import upload
 
-Integers = np.ndarray[tuple[int], np.dtype[np.int64]]
-_FIRST_ROWS, _FIRST_WIDTH = 16, 32
+Pairs = np.ndarray[tuple[int, int], np.dtype[np.int64]]
+_FIRST_WIDTH = 32
 
 
 class BlockTables:
-    """Rows of block ids on `device`, found by the identity of the list that they mirror."""
+    """Rows of block ids on `device`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, num_slots: int, device: torch.device) -> None:
         self._device = device
-        self._cells = torch.zeros((_FIRST_ROWS, _FIRST_WIDTH), dtype=torch.int64, device=device)
-        self._lists: list[Rows[int] | None] = [None] * _FIRST_ROWS
-        self._written = np.zeros(_FIRST_ROWS, dtype=np.int64)
-        self._free = list(reversed(range(_FIRST_ROWS)))
-        self._row_of: dict[int, int] = {}  # id of a list that `_lists` keeps alive
-        self._last: tuple[list[int], Tensor] = ([], torch.zeros(0, dtype=torch.int64))
+        self._cells = torch.zeros((num_slots, _FIRST_WIDTH), dtype=torch.int64, device=device)
+        self._written = np.zeros(num_slots, dtype=np.int64)  # blocks of each row
 
-    def stack(self, tables: Rows[Rows[int]], needed: Integers) -> Tensor:
-        """Return the first blocks of each table, int64 [tables, max(needed)], on the device.
+    def extend(self, num_slots: int) -> None:
+        """Have rows for so many slots."""
+        self._resize(num_slots, self._cells.shape[1])
 
-        Row i holds `needed[i]` blocks; what follows them are blocks of its own table, never
-        another's. A copy: later calls do not change it. Raises `ValueError` for a table that has
-        fewer blocks than needed.
+    def clear(self, slot: int) -> None:
+        """Forget what is in a row: another table comes there."""
+        self._written[slot] = 0
+
+    def stack(
+        self, sequences: Rows[Sequence], slots: Integers, index: Tensor, needed: Integers
+    ) -> Tensor:
+        """Return the first blocks of each sequence, int64 [sequences, max(needed)], on the device.
+
+        `index` is `slots` on the device. Row i holds `needed[i]` blocks; what follows them are
+        blocks of its own table, never another's. A copy: later calls do not change it. Raises
+        `ValueError` for a table that has fewer blocks than needed.
         """
-        if not tables:
-            return torch.zeros((0, 0), dtype=torch.int64, device=self._device)
-        rows = self._rows(tables)
-        lacking = np.flatnonzero(self._written[rows] < needed)
-        if len(lacking):
-            self._write([(rows[i], tables[i], int(needed[i])) for i in lacking.tolist()])
-        if rows != self._last[0]:
-            self._last = (rows, upload(np.array(rows, dtype=np.int64), self._device))
-        return self._cells[:, : int(needed.max())].index_select(0, self._last[1])
+        lacking = np.flatnonzero(self._written[slots] < needed).tolist()
+        if lacking:
+            self._write(
+                [(int(slots[i]), sequences[i].block_table, int(needed[i])) for i in lacking]
+            )
+        return self._cells[:, : int(needed.max(initial=0))].index_select(0, index)
 
-    def _rows(self, tables: Rows[Rows[int]]) -> list[int]:
-        keys = list(map(id, tables))
-        try:
-            return list(map(self._row_of.__getitem__, keys))
-        except KeyError:
-            return self._admit(tables, keys)
-
-    def _admit(self, tables: Rows[Rows[int]], keys: list[int]) -> list[int]:
-        """Give rows to the tables that have none, taking those of tables that do not compute."""
-        new = [i for i, key in enumerate(keys) if key not in self._row_of]
-        if len(new) > len(self._free):
-            self._drop_all_but(set(keys))
-        if len(new) > len(self._free):
-            self._resize(2 * len(self._lists) + len(new), self._cells.shape[1])
-        for i in new:
-            row = self._free.pop()
-            self._row_of[keys[i]] = row
-            self._lists[row] = tables[i]
-            self._written[row] = 0
-        return list(map(self._row_of.__getitem__, keys))
-
-    def _drop_all_but(self, keys: set[int]) -> None:
-        for key in self._row_of.keys() - keys:
-            row = self._row_of.pop(key)
-            self._lists[row] = None
-            self._free.append(row)
-
-    def _resize(self, rows: int, width: int) -> None:
-        old_rows, old_width = self._cells.shape
-        cells = torch.zeros((rows, width), dtype=torch.int64, device=self._device)
-        cells[:old_rows, :old_width] = self._cells
+    def _resize(self, num_slots: int, width: int) -> None:
+        old_slots, old_width = self._cells.shape
+        cells = torch.zeros((num_slots, width), dtype=torch.int64, device=self._device)
+        cells[:old_slots, :old_width] = self._cells
         if width > old_width:  # a blank is a block of the row's own table
-            cells[:old_rows, old_width:] = self._cells[:, :1]
+            cells[:old_slots, old_width:] = self._cells[:, :1]
         self._cells = cells
-        self._lists.extend([None] * (rows - old_rows))
-        self._written = np.concatenate((self._written, np.zeros(rows - old_rows, np.int64)))
-        self._free.extend(range(old_rows, rows))
+        self._written = np.concatenate((self._written, np.zeros(num_slots - old_slots, np.int64)))
 
     def _write(self, lacking: Rows[tuple[int, Rows[int], int]]) -> None:
-        """Write what (row, table, blocks needed) lack, in one copy to the device."""
+        """Write what (slot, table, blocks needed) lack, in one copy to the device."""
         widest = max(len(table) for _, table, _ in lacking)
         if widest > self._cells.shape[1]:
-            self._resize(len(self._lists), max(widest, 2 * self._cells.shape[1]))
+            self._resize(len(self._written), max(widest, 2 * self._cells.shape[1]))
         width = self._cells.shape[1]
         index: list[int] = []
         blocks: list[int] = []
-        for row, table, needed in lacking:
+        new: list[Pairs] = []  # whole rows, blanks included
+        for slot, table, needed in lacking:
             if len(table) < needed:
                 raise ValueError(
                     f"a block table of {len(table)} blocks does not cover {needed} blocks of tokens"
                 )
-            first = int(self._written[row])
-            last = len(table) if first else width
-            index.extend(range(row * width + first, row * width + last))
-            blocks.extend(table[first:])
-            if not first:
-                blocks.extend([table[0]] * (width - len(table)))
-            self._written[row] = len(table)
-        changes = upload(np.array((index, blocks), dtype=np.int64), self._device)
-        self._cells.view(-1)[changes[0]] = changes[1]
+            written = int(self._written[slot])
+            if written:
+                index.extend(range(slot * width + written, slot * width + len(table)))
+                blocks.extend(table[written:])
+            else:
+                new.append(_row(slot * width, width, table))
+        grown = np.array((index, blocks), dtype=np.int64)
+        changes = upload(np.concatenate((grown, *new), axis=1) if new else grown, self._device)
+        self._cells.view(-1).index_copy_(0, changes[0], changes[1])
+        for slot, table, _ in lacking:
+            self._written[slot] = len(table)
+
+
+def _row(first_cell: int, width: int, table: Rows[int]) -> Pairs:
+    """Return (cell, block) for every cell of a row, int64 [2, width]."""
+    row = np.full((2, width), table[0], dtype=np.int64)
+    row[0] = np.arange(first_cell, first_cell + width)
+    row[1, : len(table)] = table
+    return row

@@ -18,6 +18,7 @@ from torch import Tensor
 from tandem.core.config import CacheConfig, ModelConfig
 from tandem.core.request import PositionLogprobs
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
+from tandem.engine.batch_state import BatchState
 from tandem.engine.inputs import InputBuilder, IterationInputs, PromptRows
 from tandem.engine.kv_capacity import Neighbours
 from tandem.engine.launched import ComputeThread, IterationOutput, Launched, Task, run_here
@@ -98,8 +99,9 @@ class Engine:
         self._model: Decoder | CompiledModel | CompiledShard | LeadingModel = self._decoder
         if announcer is not None:
             self._model = LeadingModel(self._decoder, announcer, self.spec.vocab_size)
-        self._sampler = Sampler(self.spec.eos_token_ids, self._decoder.choice)
-        self._inputs = InputBuilder(self._sampler, cache.block_size, self.device)
+        self._sampler = Sampler(self._decoder.choice)
+        state = BatchState(self.spec.eos_token_ids, self.device)
+        self._inputs = InputBuilder(state, cache.block_size, self.device)
         self._graphs: DecodeGraphs | None = None
         self._last: Launched | None = None
         self._execute: Callable[[Task], None] = run_here
@@ -187,7 +189,7 @@ class Engine:
         iteration has returned, the blocks that it writes must not be given to anybody.
         """
         inputs = self._inputs.build(plan.chunks, self._last) if plan.chunks else None
-        launched = Launched(inputs.drawn if inputs is not None else ())
+        launched = Launched(inputs.drawn, inputs.slots) if inputs is not None else Launched()
         previous, self._last = self._last, launched
         self._execute(
             lambda: launched.run(lambda: self._compute(inputs, launched, previous, on_layers))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from tandem.core.sequence import ScheduledChunk, Sequence
-from tandem.engine.block_tables import BlockTables
+from tandem.engine.batch_state import BatchState
 from tandem.engine.launched import Launched
-from tandem.engine.sampler import Sampler
 from tandem.engine.sampling_batch import SamplingColumns
+from tandem.engine.slots import NO_SLOTS, Integers
 from tandem_kernels import RaggedBatch, upload
+
+Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 class PromptRows(NamedTuple):
@@ -46,6 +49,8 @@ class IterationInputs:
     awaited: Awaited | None
     drawn: list[Sequence]
     """The sequences that a token is drawn for, in the order of their rows."""
+    slots: Integers
+    """int64 [drawn]: their slots in the batch state."""
     columns: SamplingColumns | None
     prompt_rows: list[PromptRows]
     wanted_rows: Tensor | None
@@ -68,13 +73,12 @@ class IterationInputs:
 
 
 class InputBuilder:
-    """Builds the inputs, reusing what the iteration before has put on the device."""
+    """Builds the inputs of one iteration after the other over the batch state."""
 
-    def __init__(self, sampler: Sampler, block_size: int, device: torch.device) -> None:
-        self._sampler = sampler
+    def __init__(self, state: BatchState, block_size: int, device: torch.device) -> None:
+        self._state = state
         self._block_size = block_size
         self._device = device
-        self._tables = BlockTables(device)
 
     def build(self, chunks: Rows[ScheduledChunk], previous: Launched | None) -> IterationInputs:
         """Lay out the chunks of one iteration. Every block table must cover its chunk's end.
@@ -84,73 +88,93 @@ class InputBuilder:
         sequences, starts, lengths, samples, in_flight = zip(*chunks, strict=True)
         first, counts = np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64)
         ends = first + counts
-        tables = [seq.block_table for seq in sequences]
-        stacked = self._tables.stack(tables, -(-ends // self._block_size))
-        batch = RaggedBatch.over(stacked, first, counts, self._block_size)
+        slots = self._state.enter(sequences)
+        tables = self._state.block_tables(sequences, slots, -(-ends // self._block_size))
+        batch = RaggedBatch.over(tables, first, counts, self._block_size)
+        known, awaited = self._token_ids(chunks, counts, slots, in_flight, previous)
         only_decodes = all(samples) and batch.num_tokens == len(chunks)
-        drawn = (
-            list(sequences)
-            if only_decodes
-            else [seq for seq, draws in zip(sequences, samples, strict=True) if draws]
-        )
-        prompt_rows = [] if only_decodes else _prompt_rows(chunks, batch.query_starts)
-        positions = ends if only_decodes else ends[np.array(samples)]
-        known, awaited = self._token_ids(chunks, in_flight, previous)
+        prompt_rows: list[PromptRows] = []
+        wanted: Tensor | None = None
+        if only_decodes:
+            drawn, positions = list(sequences), ends
+        else:
+            drawn, draws = list(compress(sequences, samples)), _flags(samples)
+            prompt_rows = self._prompt_rows(chunks, slots, batch.query_starts)
+            wanted = self._wanted(prompt_rows, np.cumsum(counts)[draws] - 1, batch.num_tokens)
+            slots, positions = slots[draws], ends[draws]
         return IterationInputs(
             batch=batch,
             known_token_ids=known,
             awaited=awaited,
             drawn=drawn,
-            columns=self._sampler.prepare(drawn, positions, self._device) if drawn else None,
+            slots=slots,
+            columns=self._state.columns(drawn, slots, positions) if drawn else None,
             prompt_rows=prompt_rows,
-            wanted_rows=None if only_decodes else self._wanted(prompt_rows, samples, batch),
+            wanted_rows=wanted,
             only_decodes=only_decodes,
         )
 
     def _token_ids(
-        self, chunks: Rows[ScheduledChunk], in_flight: Rows[bool], previous: Launched | None
+        self,
+        chunks: Rows[ScheduledChunk],
+        counts: Integers,
+        slots: Integers,
+        awaited: Rows[bool],
+        previous: Launched | None,
     ) -> tuple[Tensor | None, Awaited | None]:
         """Return the token ids that are known and where the others come from."""
-        before = previous.drawn if previous is not None else ()
-        if all(in_flight) and [chunk.sequence for chunk in chunks] == before:
+        if previous is not None and slots is previous.slots and all(awaited):
             return None, None
-        token_ids: list[int] = []
-        rows: list[int] = []
-        sources: list[int] = []
-        row_of = {seq: row for row, seq in enumerate(before)} if any(in_flight) else {}
-        for seq, start, length, _, awaited in chunks:
-            if awaited:
-                rows.append(len(token_ids))
-                sources.append(row_of[seq])
-                token_ids.append(0)
-            elif length == 1:
-                token_ids.append(seq.token_ids[start])
+        known: list[int] = []
+        in_flight = _flags(awaited)
+        none_awaited = not any(awaited)
+        places = range(len(chunks)) if none_awaited else np.flatnonzero(~in_flight).tolist()
+        for place in places:
+            seq, start, length, *_ = chunks[place]
+            if length == 1:
+                known.append(seq.token_ids[start])
             else:
-                token_ids.extend(seq.token_ids[start : start + length])
-        known = upload(np.array(token_ids, dtype=np.int64), self._device)
-        if not rows:
-            return known, None
-        index = upload(np.array((rows, sources), dtype=np.int64), self._device)
-        return known, Awaited(index[0], index[1])
+                known.extend(seq.token_ids[start : start + length])
+        if none_awaited:
+            return upload(np.array(known, dtype=np.int64), self._device), None
+        is_known = np.repeat(~in_flight, counts)
+        token_ids = np.zeros(len(is_known), dtype=np.int64)
+        token_ids[is_known] = known
+        rows = (np.cumsum(counts) - 1)[in_flight]  # one token each
+        sources = _places(slots[in_flight], previous.slots if previous is not None else NO_SLOTS)
+        index = upload(np.stack((rows, sources)), self._device)
+        return upload(token_ids, self._device), Awaited(index[0], index[1])
 
-    def _wanted(
-        self, prompt_rows: Rows[PromptRows], samples: Rows[bool], batch: RaggedBatch
-    ) -> Tensor | None:
-        """The wanted rows; None when they are simply all rows."""
-        rows = [row for entry in prompt_rows for row in entry.rows]
-        ends = zip(samples, batch.query_starts[1:], strict=True)
-        rows.extend(end - 1 for draws, end in ends if draws)
-        if rows == list(range(batch.num_tokens)):
-            return None
-        return upload(np.array(rows, dtype=np.int64), self._device)
-
-
-def _prompt_rows(chunks: Rows[ScheduledChunk], first_rows: Rows[int]) -> list[PromptRows]:
-    wanted = []
-    for chunk, first_row in zip(chunks, first_rows, strict=False):
-        request = chunk.sequence.request
-        if request.sampling.prompt_logprobs is not None:
-            count = min(chunk.end, request.prompt_len - 1) - chunk.start
+    def _prompt_rows(
+        self, chunks: Rows[ScheduledChunk], slots: Integers, first_rows: Rows[int]
+    ) -> list[PromptRows]:
+        wanted = []
+        for place in self._state.asking_prompt_logprobs(slots):
+            chunk, first_row = chunks[place], first_rows[place]
+            count = min(chunk.end, chunk.sequence.request.prompt_len - 1) - chunk.start
             if count > 0:
                 wanted.append(PromptRows(chunk, range(first_row, first_row + count)))
-    return wanted
+        return wanted
+
+    def _wanted(
+        self, prompt_rows: Rows[PromptRows], drawn_rows: Integers, num_rows: int
+    ) -> Tensor | None:
+        """The wanted rows; None when they are simply all rows."""
+        rows = np.concatenate([*(np.array(entry.rows) for entry in prompt_rows), drawn_rows])
+        if np.array_equal(rows, np.arange(num_rows)):
+            return None
+        return upload(rows, self._device)
+
+
+def _flags(values: Rows[bool]) -> Flags:
+    return np.frombuffer(bytes(values), dtype=np.bool_)
+
+
+def _places(slots: Integers, among: Integers) -> Integers:
+    """Return where each of `slots` is in `among`. Raises `ValueError` if one is not."""
+    place_of = np.full(max(slots.max(), among.max(initial=0)) + 1, -1)
+    place_of[among] = np.arange(len(among))
+    places = place_of[slots]
+    if (places < 0).any():
+        raise ValueError("a token is awaited that the iteration before does not draw")
+    return places

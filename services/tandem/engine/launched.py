@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tandem.core.request import PositionLogprobs, SampledToken
 from tandem.core.sequence import Sequence
+from tandem.engine.slots import NO_SLOTS, Integers
 
 Task = Callable[[], None]
 
@@ -36,9 +37,11 @@ class IterationOutput:
 class Launched:
     """One iteration from launch to `result`."""
 
-    def __init__(self, drawn: Rows[Sequence]) -> None:
+    def __init__(self, drawn: Rows[Sequence] = (), slots: Integers = NO_SLOTS) -> None:
         self.drawn = drawn
         """The sequences that it draws a token for, one per row of `token_ids`."""
+        self.slots = slots
+        """int64 [drawn]: their slots in the batch state."""
         self.token_ids: Tensor | None = None
         """int64 [drawn], on the device: what the next iteration computes. Set when it runs."""
         self._ended = threading.Event()

@@ -7,24 +7,21 @@ logits.
 A drawn token is a function of the logits, the sequence's own parameters and (seed, position), where
 position is the index that the token gets in its sequence; never of the rest of the batch.
 
-Three steps, so that an iteration can be prepared while the one before computes: `prepare` puts on
-the device what depends on the sequences, `draw` works on the device alone, `Drawing.read` brings
-tokens and log-probabilities to the host.
+Three steps, so that an iteration can be prepared while the one before computes:
+`BatchState.columns` puts on the device what depends on the sequences, `Sampler.draw` works on the
+device alone, `Drawing.read` brings tokens and log-probabilities to the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from tandem.core.request import SampledToken
-from tandem.core.sequence import Sequence
 from tandem.engine.launched import HostCopy
 from tandem.engine.logprobs import read_logprobs
-from tandem.engine.sampling_batch import SamplingBatch, SamplingColumns
+from tandem.engine.sampling_batch import SamplingColumns
 from tandem_kernels import (
     REFERENCE_CHOICE,
     Choice,
@@ -57,25 +54,10 @@ class Drawing:
 
 
 class Sampler:
-    """Keeps only what can be made again: the last batch's parameters, token counts."""
+    """Keeps nothing: a draw depends on its arguments alone."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...], choice: Choice = REFERENCE_CHOICE) -> None:
-        self._batch = SamplingBatch(eos_token_ids)
+    def __init__(self, choice: Choice = REFERENCE_CHOICE) -> None:
         self._choice = choice
-
-    def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[SampledToken]:
-        """Draw one token per row. logits: float32 [rows, vocab], left unchanged."""
-        positions = np.array([seq.num_tokens for seq in sequences], dtype=np.int64)
-        return self.draw(logits, self.prepare(sequences, positions, logits.device)).read()
-
-    def prepare(
-        self,
-        sequences: Rows[Sequence],
-        positions: np.ndarray[tuple[int], np.dtype[np.int64]],
-        device: torch.device,
-    ) -> SamplingColumns:
-        """Put on the device what the draws depend on. `positions`: the index of each new token."""
-        return self._batch.columns(sequences, positions, device)
 
     def draw(self, logits: Tensor, columns: SamplingColumns) -> Drawing:
         """Draw one token per row, on the device. logits: float32 [rows, vocab], left unchanged."""

@@ -1,15 +1,16 @@
-"""The sampling parameters of a batch as columns on the device, kept while the batch stays the same.
+"""The sampling parameters of the sequences that compute, and the columns of a batch on the device.
 
+Parameters are read once, when their sequence comes, into arrays by slot. When a batch changes, its
+columns are gathered by its slots and put on the device; they stay there as long as it is the same.
 What changes in every iteration are the positions, and what follows from a sequence's tokens:
 min_tokens and penalties.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import Sequence
+from tandem.engine.slots import Integers
 from tandem.engine.token_counts import TokenCountsCache
 from tandem_kernels import upload
 
 _MIN_TEMPERATURE = 1e-6
 """Below it a draw equals the greedy choice; dividing by less would overflow."""
 
-Positions = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+_RANDOM, _TRUNCATES, _EDITS, _PENALISES, _ASKS, _ASKS_PROMPT = range(6)
+"""What distinguishes some rows of a batch from the others."""
 
 
 class Edits(NamedTuple):
@@ -64,54 +68,97 @@ class SamplingColumns:
     penalties: Penalties | None = None
 
 
-class SamplingBatch:
-    """Makes the columns, reusing those of the iteration before for the same sequences."""
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """What stays the same as long as a batch does."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+    slots: Integers
+    columns: SamplingColumns
+    random: Integers
+    edited: list[int]
+    penalised: list[int]
+
+
+class SamplingBatch:
+    """Makes the columns of a batch from what is kept by slot."""
+
+    def __init__(
+        self, eos_token_ids: tuple[int, ...], num_slots: int, device: torch.device
+    ) -> None:
         self._eos_token_ids = eos_token_ids
+        self._device = device
         self._token_counts = TokenCountsCache()
-        self._sequences: Rows[Sequence] = ()
-        self._columns: SamplingColumns | None = None
-        self._random: list[int] = []
-        self._edited: list[int] = []
-        self._penalised: list[int] = []
+        self._traits = np.zeros((6, num_slots), dtype=np.bool_)
+        self._integers = np.zeros((3, num_slots), dtype=np.int64)
+        """Seed, top_k, alternatives whose log-probabilities are asked for."""
+        self._floats = np.zeros((2, num_slots), dtype=np.float32)
+        """Temperature, min_p."""
+        self._top_p = np.zeros((1, num_slots), dtype=np.float64)
+        self._last: _Layout | None = None
+
+    def extend(self, num_slots: int) -> None:
+        """Have room for so many slots."""
+        more = ((0, 0), (0, num_slots - self._traits.shape[1]))
+        self._traits, self._integers = np.pad(self._traits, more), np.pad(self._integers, more)
+        self._floats, self._top_p = np.pad(self._floats, more), np.pad(self._top_p, more)
+
+    def write(self, slot: int, params: SamplingParams) -> None:
+        """Let a sequence with these parameters have a slot."""
+        self._last = None
+        self._traits[:, slot] = _traits(params)
+        self._integers[:, slot] = (_as_int64(params.seed), params.top_k, params.logprobs or 0)
+        self._floats[:, slot] = (max(params.temperature, _MIN_TEMPERATURE), params.min_p)
+        self._top_p[0, slot] = params.top_p
 
     def columns(
-        self, sequences: Rows[Sequence], positions: Positions, device: torch.device
+        self, sequences: Rows[Sequence], slots: Integers, positions: Integers
     ) -> SamplingColumns:
-        """Return the columns; `positions[row]` is the index that the row's new token gets."""
-        if self._columns is None or self._sequences != sequences:
-            self._columns = self._make(sequences, device)
-            self._sequences = sequences
-        at = positions if self._columns.random_rows is None else positions[self._random]
-        columns = replace(self._columns, positions=upload(at, device))
-        if self._edited:
-            columns = replace(columns, edits=self._edits(sequences, positions, device))
-        if self._penalised:
-            columns = replace(columns, penalties=self._penalties(sequences, device))
+        """Return the columns of the sequences in `slots`; `positions[row]` is the index that the
+        row's new token gets."""
+        layout = self._last
+        if layout is None or not (layout.slots is slots or np.array_equal(layout.slots, slots)):
+            self._last = layout = self._lay_out(slots)
+        at = positions if layout.columns.random_rows is None else positions[layout.random]
+        columns = replace(layout.columns, positions=upload(at, self._device))
+        if layout.edited:
+            columns = replace(columns, edits=self._edits(layout.edited, sequences, positions))
+        if layout.penalised:
+            columns = replace(columns, penalties=self._penalties(layout.penalised, sequences))
         return columns
 
-    def _make(self, sequences: Rows[Sequence], device: torch.device) -> SamplingColumns:
-        params = [seq.request.sampling for seq in sequences]
-        self._random = [row for row, sampling in enumerate(params) if not sampling.greedy]
-        self._edited = [row for row, p in enumerate(params) if p.logit_bias or p.min_tokens]
-        self._penalised = [row for row, sampling in enumerate(params) if sampling.penalises]
-        drawn = [params[row] for row in self._random]
-        scales = (max(p.temperature, _MIN_TEMPERATURE) for p in drawn)
-        asking = tuple(row for row, p in enumerate(params) if p.logprobs is not None)
-        return SamplingColumns(
-            random_rows=_unless_all(self._random, len(params), device),
-            temperatures=_column(scales, np.float32, device),
-            seeds=_column((_as_int64(p.seed) for p in drawn), np.int64, device),
-            positions=_column((), np.int64, device),
-            truncation=_truncation(drawn, device),
-            asking=asking,
-            num_logprobs=tuple(params[row].logprobs or 0 for row in asking),
-            asking_rows=_unless_all(asking, len(params), device),
+    def asking_prompt_logprobs(self, slots: Integers) -> list[int]:
+        """Return the places of the sequences that ask for log-probabilities of their prompt."""
+        asks: list[int] = np.flatnonzero(self._traits[_ASKS_PROMPT, slots]).tolist()
+        return asks
+
+    def _lay_out(self, slots: Integers) -> _Layout:
+        traits = self._traits.take(slots, axis=1)
+        random, asking = np.flatnonzero(traits[_RANDOM]), np.flatnonzero(traits[_ASKS])
+        edited, penalised = np.flatnonzero(traits[_EDITS]), np.flatnonzero(traits[_PENALISES])
+        of_random = slots[random]
+        seeds, top_k = upload(self._integers[:2].take(of_random, axis=1), self._device)
+        temperatures, min_p = upload(self._floats.take(of_random, axis=1), self._device)
+        truncation: tuple[Tensor, Tensor, Tensor] | None = None
+        if traits[_TRUNCATES].take(random).any():
+            (top_p,) = upload(self._top_p.take(of_random, axis=1), self._device)
+            truncation = (top_k, top_p, min_p)
+        columns = SamplingColumns(
+            random_rows=self._unless_all(random, slots),
+            temperatures=temperatures,
+            seeds=seeds,
+            positions=seeds,  # of no iteration yet
+            truncation=truncation,
+            asking=tuple(asking.tolist()),
+            num_logprobs=tuple(self._integers[2, slots[asking]].tolist()),
+            asking_rows=self._unless_all(asking, slots),
         )
+        return _Layout(slots, columns, random, edited.tolist(), penalised.tolist())
+
+    def _unless_all(self, rows: Integers, slots: Integers) -> Tensor | None:
+        return None if len(rows) == len(slots) else upload(rows, self._device)
 
     def _edits(
-        self, sequences: Rows[Sequence], positions: Positions, device: torch.device
+        self, edited: Rows[int], sequences: Rows[Sequence], positions: Integers
     ) -> Edits | None:
         """Biases, and -inf for tokens that may not end a sequence yet.
 
@@ -119,7 +166,7 @@ class SamplingBatch:
         model's end-of-sequence ids, with ignore_eos too, and its own stop_token_ids.
         """
         edits: list[tuple[int, int, float]] = []
-        for row in self._edited:
+        for row in edited:
             request = sequences[row].request
             sampling = request.sampling
             edits.extend((row, token_id, bias) for token_id, bias in sampling.logit_bias.items())
@@ -129,43 +176,31 @@ class SamplingBatch:
         if not edits:
             return None
         rows, token_ids, amounts = zip(*edits, strict=True)
-        return Edits(
-            _column(rows, np.int64, device),
-            _column(token_ids, np.int64, device),
-            _column(amounts, np.float32, device),
-        )
+        cells = upload(np.array((rows, token_ids), dtype=np.int64), self._device)
+        return Edits(cells[0], cells[1], upload(np.array(amounts, np.float32), self._device))
 
-    def _penalties(self, sequences: Rows[Sequence], device: torch.device) -> Penalties:
-        penalised = [sequences[row] for row in self._penalised]
-        token_ids, output_counts = self._token_counts.batch(penalised, device)
-        params = (seq.request.sampling for seq in penalised)
+    def _penalties(self, penalised: Rows[int], sequences: Rows[Sequence]) -> Penalties:
+        those = [sequences[row] for row in penalised]
+        token_ids, output_counts = self._token_counts.batch(those, self._device)
+        params = (seq.request.sampling for seq in those)
         factors = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
         return Penalties(
-            _column(self._penalised, np.int64, device),
+            upload(np.array(penalised, dtype=np.int64), self._device),
             token_ids,
             output_counts,
-            upload(np.array(factors, dtype=np.float32), device),
+            upload(np.array(factors, dtype=np.float32), self._device),
         )
 
 
-def _truncation(
-    params: Rows[SamplingParams], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    if not any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
-        return None
+def _traits(params: SamplingParams) -> tuple[bool, ...]:
     return (
-        _column((p.top_k for p in params), np.int64, device),
-        _column((p.top_p for p in params), np.float64, device),
-        _column((p.min_p for p in params), np.float32, device),
+        not params.greedy,
+        params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0,
+        bool(params.logit_bias or params.min_tokens),
+        params.penalises,
+        params.logprobs is not None,
+        params.prompt_logprobs is not None,
     )
-
-
-def _unless_all(rows: Rows[int], count: int, device: torch.device) -> Tensor | None:
-    return None if len(rows) == count else _column(rows, np.int64, device)
-
-
-def _column(values: Iterable[float], dtype: Any, device: torch.device) -> Tensor:
-    return upload(np.array(list(values), dtype=dtype), device)
 
 
 def _as_int64(seed: int) -> int:

@@ -5,6 +5,8 @@ Holds no rule: the scheduler decides what enters. Invariant: the chunks never ex
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.scheduler.sequence_queue import SequenceQueue
 
@@ -33,9 +35,13 @@ class Draft:
         self.may_wait = True
         self.waits = False
         """Whether a sequence is left out for want of a block that is sure to come."""
+        self.must_settle = False
+        """Whether somebody cannot go on before every iteration under way has ended."""
         self._running = running
         self._waiting = waiting
         self._receiving = receiving
+        self._split: tuple[list[Sequence], list[Sequence]] = ([], [])
+        self._split_at = -1  # `num_changes` of those that run, when they were split
 
     # ------------------------------------------------------------------ what a policy sees
 
@@ -49,19 +55,11 @@ class Draft:
 
     @property
     def decoding(self) -> list[Sequence]:
-        return [  # `Sequence.num_uncomputed`, written out: this is asked for every sequence
-            seq
-            for seq in self._running
-            if len(seq.token_ids) + seq.num_in_flight - seq.num_computed == 1
-        ]
+        return self._split_running()[0].copy()
 
     @property
     def prompts(self) -> list[Sequence]:
-        return [
-            seq
-            for seq in self._running
-            if len(seq.token_ids) + seq.num_in_flight - seq.num_computed > 1
-        ]
+        return self._split_running()[1].copy()
 
     @property
     def num_receiving(self) -> int:
@@ -87,6 +85,31 @@ class Draft:
         if length > 1:
             self.prompt_tokens += length
 
+    def add_steps(self, sequences: Iterator[Sequence], block_size: int) -> Sequence | None:
+        """Compute one token of each of `sequences`, as long as that takes no decision: of those
+        that run, lack one token, have a place for it and are not in the iteration yet.
+
+        Returns the first for which it does, or None at the end. `add_chunk`, written out: this is
+        what an iteration of many sequences consists of.
+        """
+        chunks, left = self.chunks, self.tokens_left
+        stopped_at: Sequence | None = None
+        for seq in sequences:
+            start, known, in_flight = seq.num_computed, len(seq.token_ids), seq.num_in_flight
+            if (
+                known + in_flight - start != 1
+                or start >= len(seq.block_table) * block_size
+                or not left
+                or seq.phase != "running"
+                or seq in chunks
+            ):
+                stopped_at = seq
+                break
+            chunks[seq] = tuple.__new__(ScheduledChunk, (seq, start, 1, True, in_flight > 0))
+            left -= 1
+        self.tokens_left = left
+        return stopped_at
+
     def drop_chunk(self, seq: Sequence) -> None:
         """Take a sequence out of the iteration again, if it is in it."""
         chunk = self.chunks.pop(seq, None)
@@ -94,6 +117,21 @@ class Draft:
             self.tokens_left += chunk.length
             if chunk.length > 1:
                 self.prompt_tokens -= chunk.length
+
+    def _split_running(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Those that lack the KV of one token, and of more. Within an iteration that changes only
+        when somebody begins or ceases to run."""
+        if self._split_at != self._running.num_changes:
+            self._split_at = self._running.num_changes
+            self._split = ([], [])
+            decoding, prompts = self._split
+            for seq in self._running:
+                missing = len(seq.token_ids) + seq.num_in_flight - seq.num_computed
+                if missing == 1:
+                    decoding.append(seq)
+                elif missing > 1:
+                    prompts.append(seq)
+        return self._split
 
     def plan(self) -> IterationPlan:
         """Return the iteration as it stands."""

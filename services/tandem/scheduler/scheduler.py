@@ -1,8 +1,9 @@
 """Which tokens of which sequences the next iteration computes, and who holds blocks for it.
 
-Every change of a sequence's phase, tokens, block table and counters happens here. Not here: who
-goes first and how much at once (`policies`), the model, the clock, the network, when a sequence has
-said enough (the worker calls `finish`).
+Every change of a sequence's phase, tokens, block table and counters happens here or in what is
+composed here: `holdings` (its blocks), `phases` (the queues), `out_of_blocks` (who gives way) and
+`receiving` (KV from elsewhere). Not here: who goes first and how much at once (`policies`), the
+model, the clock, the network, when a sequence has said enough (the worker calls `finish`).
 
 Invariants, whatever the policy: a plan never exceeds `max_batch_tokens`; a sequence that waits for
 blocks is overtaken by nobody behind it in the policy's line; a request that passed `check_fits` can
@@ -20,27 +21,25 @@ for a copy to host memory may be missing meanwhile, and are not counted in this.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Rows
 
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import OverloadedError
 from tandem.core.request import FinishReason, Request
-from tandem.core.sequence import IterationPlan, Phase, Sequence
+from tandem.core.sequence import IterationPlan, Sequence
 from tandem.kvcache.block_pool import BlockPool
-from tandem.kvcache.hashing import extend_hashes
 from tandem.kvcache.host_tier import BlockCopy, HostTier
 from tandem.scheduler.costs import CostEstimator, work_of
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
+from tandem.scheduler.holdings import Holdings, holder_of
 from tandem.scheduler.host_copies import HostCopies
-from tandem.scheduler.policies import Policy, make_policy
-from tandem.scheduler.preemption import Options, Preemption, Way
+from tandem.scheduler.out_of_blocks import OutOfBlocks
+from tandem.scheduler.phases import Phases
+from tandem.scheduler.policies import Policy, Steps, make_policy
+from tandem.scheduler.preemption import Preemption, Way
 from tandem.scheduler.prompt_room import PromptRoom
-from tandem.scheduler.sequence_queue import SequenceQueue
-
-
-def holder_of(seq: Sequence) -> str:
-    """The name under which a sequence holds blocks; its arrival tells equal request ids apart."""
-    return f"{seq.request.request_id}#{seq.request.attempt}@{seq.arrival}"
+from tandem.scheduler.receiving import Receiving
 
 
 class Scheduler:
@@ -76,27 +75,31 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.costs = CostEstimator()
         self.preemption = Preemption(config, self.costs, block_bytes, pool.block_size)
-        self.num_preempted: Counter[Way] = Counter()
-        """Sequences that gave way, or waited for a block, since the start."""
         self._host = None if host_tier is None else HostCopies(host_tier, self.preemption)
-        self._stalled: set[Sequence] = set()  # those that wait for a block
         self.must_settle = False
         """Whether the next plan needs every iteration under way ended, and its tokens appended."""
         self.prompt_room: PromptRoom | None = None
         """Bounds prompts beside decode steps, where a worker computes them with its slack."""
-        self.waiting = SequenceQueue()
-        self.running = SequenceQueue()
-        self.receiving = SequenceQueue()
-        self._queues: dict[Phase, SequenceQueue] = {
-            "waiting": self.waiting,
-            "running": self.running,
-            "receiving": self.receiving,
-        }
+        self.holdings = Holdings(pool, self._host)
+        phases = self._phases = Phases(self.holdings)
+        self.waiting = phases.waiting
+        self.running = phases.running
+        self.receiving = phases.receiving
+        self._out_of_blocks = OutOfBlocks(
+            *(pool, phases, self.holdings, self._host),
+            *(self.preemption, self.policy, max_model_len),
+        )
+        self._incoming = Receiving(phases, self.holdings, pool.block_size)
 
     @property
     def host_tier(self) -> HostTier | None:
         """The second tier of KV blocks, if there is one."""
         return None if self._host is None else self._host.tier
+
+    @property
+    def num_preempted(self) -> Counter[Way]:
+        """Sequences that gave way, or waited for a block, since the start."""
+        return self._out_of_blocks.num_preempted
 
     @property
     def num_waiting(self) -> int:
@@ -114,12 +117,8 @@ class Scheduler:
 
         This is all the fragmentation that block tables leave: less than one block per sequence.
         """
-        size = self.pool.block_size
         held = (seq for queue in (self.running, self.receiving) for seq in queue)
-        return sum(
-            max(0, len(seq.block_table) * size - seq.num_tokens - seq.num_in_flight - 1)
-            for seq in held
-        )
+        return sum(map(self.holdings.num_unused_slots, held))
 
     def check_fits(self, request: Request) -> None:
         """Raise `InvalidRequestError` if the request could not finish with the whole pool."""
@@ -143,16 +142,16 @@ class Scheduler:
 
     def peek_cached(self, seq: Sequence) -> int:
         """Return how many tokens of a sequence its prefix cache would give now. Takes no hold."""
-        hashes = self._findable_hashes(seq)
+        hashes = self.holdings.findable_hashes(seq)
         return len(self.pool.match_prefix(hashes)) * self.pool.block_size
 
     def blocks_to_admit(self, seq: Sequence) -> int:
         """Return how many blocks a sequence would take from the pool; 0 if it holds its own."""
-        return 0 if seq.block_table else self._num_blocks(seq.num_tokens + 1)
+        return 0 if seq.block_table else self.holdings.num_blocks(seq.num_tokens + 1)
 
     def most_blocks(self, seq: Sequence) -> int:
         """Return how many blocks a sequence takes when it is as long as it may become."""
-        return self._num_blocks(min(seq.request.max_len, self.max_model_len))
+        return self.holdings.num_blocks(min(seq.request.max_len, self.max_model_len))
 
     def has_room(self, seq: Sequence) -> bool:
         """Whether a sequence holds blocks for all of its tokens. One that a prefill worker decoded
@@ -175,10 +174,10 @@ class Scheduler:
         `now`: seconds on the clock that `Sequence.arrived_at` is of. A plan may be empty although
         sequences wait, for a policy may wait for time to pass: ask again later.
         """
-        self.must_settle = False
         draft = self._compose(now, may_wait=True)
         if draft.waits and not draft.chunks and not any(s.num_under_way for s in self.running):
             draft = self._compose(now, may_wait=False)  # nobody would ever free a block
+        self.must_settle = draft.must_settle
         if self._host is not None:
             self._host.tier.spill()
         plan = draft.plan()
@@ -190,9 +189,11 @@ class Scheduler:
         draft = Draft(now, budget, self.running, self.waiting, self.receiving)
         draft.may_wait = may_wait
         draft.admits = self.num_running < self.config.max_running
-        for seq, limit in self.policy.tasks(draft):
-            if limit >= 1:
-                self._grant(seq, limit, draft)
+        for wish in self.policy.tasks(draft):
+            if isinstance(wish, Steps):
+                self._grant_steps(wish.sequences, draft)
+            elif wish.max_tokens >= 1:
+                self._grant(wish.sequence, wish.max_tokens, draft)
             if draft.tokens_left == 0 and draft.is_complete:
                 break
         return draft
@@ -202,14 +203,15 @@ class Scheduler:
 
         Nothing that it computes is published before its `advance`.
         """
+        max_model_len = self.max_model_len
         for seq, start, length, samples, _ in plan.chunks:
             seq.num_computed = end = start + length
             seq.num_under_way += 1
             if not samples:
                 continue
-            if seq.request.sampling.penalises:
+            if seq.penalises:
                 self.must_settle = True
-            elif end + 1 < seq.request.max_len and end + 1 < self.max_model_len:
+            elif end + 1 < seq.max_len and end + 1 < max_model_len:
                 seq.num_in_flight += 1
 
     def measured(self, plan: IterationPlan, seconds: float) -> None:
@@ -226,7 +228,7 @@ class Scheduler:
         Must be called for every launched plan, also for one that failed.
         """
         block_size = self.pool.block_size
-        for seq, start, length, *_ in plan.chunks:
+        for seq, start, length, _, _ in plan.chunks:
             end = start + length
             if seq.num_under_way:
                 seq.num_under_way -= 1
@@ -234,9 +236,9 @@ class Scheduler:
                 seq.num_computed = end
             if seq.phase == "running":
                 if start // block_size != end // block_size:
-                    self.publish(seq, start, end)
+                    self.holdings.publish(seq, start, end)
             elif seq.phase == "finished" and not seq.num_under_way:
-                self._release(seq)
+                self.holdings.release(seq)
 
     def append(self, seq: Sequence, token_id: int) -> None:
         """Add a sampled token; that of a remote sequence came from a prefill worker."""
@@ -245,6 +247,14 @@ class Scheduler:
         seq.token_ids.append(token_id)
         if seq.num_in_flight:
             seq.num_in_flight -= 1
+
+    def _grant_steps(self, sequences: Rows[Sequence], draft: Draft) -> None:
+        """Grant one token of each of `sequences`, one after the other."""
+        rest = iter(sequences)
+        while (seq := draft.add_steps(rest, self.pool.block_size)) is not None:
+            self._grant(seq, 1, draft)
+            if draft.tokens_left == 0 and draft.is_complete:
+                return
 
     def _grant(self, seq: Sequence, limit: int, draft: Draft) -> None:
         """Let a sequence compute up to `limit` tokens if budget, blocks and places allow."""
@@ -259,88 +269,9 @@ class Scheduler:
             end = seq.num_computed + length
             if length > 0 and (
                 end <= len(seq.block_table) * self.pool.block_size
-                or self._secure_blocks(seq, end, draft)
+                or self._out_of_blocks.secure(seq, end, draft)
             ):
                 draft.add_chunk(seq, length)
-
-    # ------------------------------------------------------------------ out of blocks
-
-    def _secure_blocks(self, seq: Sequence, num_tokens: int, draft: Draft) -> bool:
-        """Get the blocks that `seq` lacks for its first `num_tokens` tokens, preempting the last if
-        need be. False: not in this iteration."""
-        missing = self._num_blocks(num_tokens) - len(seq.block_table)
-        while not self.pool.can_allocate(missing):
-            if self.must_settle or not self._make_room(seq, missing, draft):
-                return False
-        seq.block_table.extend(self.pool.allocate(missing, holder_of(seq)))
-        self._stalled.discard(seq)
-        return True
-
-    def _make_room(self, seq: Sequence, missing: int, draft: Draft) -> bool:
-        """Let somebody give way; False if `seq` cannot go on in this iteration.
-
-        Because it waits for a block, was itself the last, or the last is under way: then nobody is
-        admitted before it can be preempted.
-        """
-        draft.admits = False
-        coming = self._host.tier.num_coming_free if self._host is not None else 0
-        if coming and self.pool.can_allocate(missing - coming):
-            return False
-        victim = max(self.running, key=self.policy.precedence)
-        way = self.preemption.choose(self._options(seq, victim, draft))
-        if way == "wait":
-            draft.waits = True
-            self.num_preempted["wait"] += seq not in self._stalled
-            self._stalled.add(seq)
-            return False
-        if victim.num_under_way:
-            self.must_settle = True
-            return False
-        self._preempt(victim, way, draft)
-        return victim is not seq
-
-    def _options(self, seq: Sequence, victim: Sequence, draft: Draft) -> Options:
-        """What each way to a block would cost."""
-        preemption, wait, swap = self.preemption, None, None
-        remaining = self._shortest_sure_to_end(seq) if draft.may_wait else None
-        if remaining is not None:
-            wait = preemption.wait_seconds(remaining)
-        to_swap = self._host.num_blocks_to_swap(victim) if self._host is not None else 0
-        if to_swap:
-            swap = preemption.swap_seconds(to_swap)
-        return Options(wait, swap, preemption.refill_seconds(victim.num_computed))
-
-    def _shortest_sure_to_end(self, waits: Sequence) -> int | None:
-        """Return the most tokens that one of the others can still produce, of those that need no
-        more blocks for them; the fewest of these. None: nobody is sure to end.
-
-        To wait for one that may itself come to wait for a block would be a deadlock.
-        """
-        block_size = self.pool.block_size
-        fewest: int | None = None
-        for seq in self.running:
-            most = min(seq.request.max_len, self.max_model_len)
-            if seq is waits or most - 1 > len(seq.block_table) * block_size:
-                continue
-            remaining = most - len(seq.token_ids)
-            fewest = remaining if fewest is None else min(fewest, remaining)
-        return fewest
-
-    def _preempt(self, victim: Sequence, way: Way, draft: Draft) -> None:
-        """Take a sequence's blocks; one that was admitted in this very plan only goes back."""
-        draft.drop_chunk(victim)
-        if victim in draft.admitted:
-            draft.admitted.remove(victim)
-            self._leave(victim, "waiting")
-            return
-        victim.was_preempted = True
-        self.num_preempted[way] += 1
-        if way == "swap" and self._host is not None:
-            self._host.swap_out(victim, holder_of(victim))
-            self._leave(victim, "waiting")
-        else:
-            self._leave(victim, "preempted")
-            draft.preempted.append(victim)
 
     def _room_for_prompts(self, draft: Draft) -> int:
         """Prompt tokens that this iteration can still take."""
@@ -361,54 +292,18 @@ class Scheduler:
             return
         if not seq.remote:
             limit = min(limit, draft.tokens_left, self._room_for_prompts(draft))
-        if not limit or not self._reserve_blocks(seq):
+        # One block per running sequence stays free, so that these need not be preempted at once;
+        # one that was preempted before leaves one for itself, too.
+        spare = self.num_running + (seq.was_preempted and self.num_running > 0)
+        if not limit or not self.holdings.reserve(seq, spare):
             draft.admits = False
             return
         receives = seq.remote or self.is_restoring(seq)
-        self._move(seq, "receiving" if receives else "running")
+        self._phases.move(seq, "receiving" if receives else "running")
         draft.admitted.append(seq)
         draft.admits = self.num_running < self.config.max_running
         if not receives:
             draft.add_chunk(seq, min(limit, seq.num_uncomputed))
-
-    def _reserve_blocks(self, seq: Sequence) -> bool:
-        """Share the cached prefix and allocate the rest and room for one more token, or do nothing.
-
-        Leaves one block per running sequence free, so that these need not be preempted at once; one
-        that was preempted before leaves one for itself, too.
-        """
-        host, holder = self._host, holder_of(seq)
-        if host is not None and host.is_copying(seq):
-            return False
-        hashes = self._findable_hashes(seq)
-        matched = self.pool.match_prefix(hashes)
-        found = host.find(seq, len(matched), hashes) if host is not None else None
-        missing = self._num_blocks(seq.num_tokens + 1) - len(matched)
-        spare = self.num_running + (seq.was_preempted and self.num_running > 0)
-        if not self.pool.can_allocate(missing + self.pool.num_unheld(matched) + spare):
-            return False
-        self.pool.share(matched, holder)
-        seq.block_table = matched + self.pool.allocate(missing, holder)
-        seq.num_computed = seq.num_cached = len(matched) * self.pool.block_size
-        if host is not None and found is not None:
-            target = seq.block_table[len(matched) : len(matched) + len(found.blocks)]
-            host.copy_back(seq, found, target, holder)
-            seq.num_cached = found.num_tokens
-        elif host is not None:
-            host.drop(seq, holder)
-        return True
-
-    def _findable_hashes(self, seq: Sequence) -> list[bytes]:
-        """The hashes of the blocks that it need not compute if they are found; at least one token
-        stays to compute.
-
-        Prompt logprobs come out of computing the prompt: until they have, nothing is skipped.
-        """
-        asked_logprobs = seq.request.sampling.prompt_logprobs is not None
-        if not self.pool.prefix_cache or (asked_logprobs and seq.num_output_tokens == 0):
-            return []
-        self._extend_hashes(seq)
-        return seq.block_hashes[: (seq.num_tokens - 1) // self.pool.block_size]
 
     # ------------------------------------------------------------------ the host tier
 
@@ -441,55 +336,22 @@ class Scheduler:
 
     def landed(self, seq: Sequence, num_tokens: int) -> None:
         """Note that a receiving sequence has the KV of its first `num_tokens` tokens in place."""
-        self._require_receiving(seq)
-        if num_tokens > seq.num_tokens:
-            raise ValueError(f"{holder_of(seq)}: KV of {num_tokens} of {seq.num_tokens} tokens")
-        start, seq.num_computed = seq.num_computed, max(seq.num_computed, num_tokens)
-        # The newest token may be computed here after all (`fall_back`), and a block that others can
-        # find is never written again: so the block of the newest token is published by `join`.
-        self.publish(seq, start, min(seq.num_computed, seq.num_tokens - 1))
+        self._incoming.landed(seq, num_tokens)
 
     def join(self, seq: Sequence) -> None:
         """Let a receiving sequence decode: all KV but the newest token's must be in place."""
-        self._require_receiving(seq)
-        if seq.num_computed < seq.num_tokens - 1:
-            raise ValueError(
-                f"{holder_of(seq)} cannot join: KV of {seq.num_computed} of {seq.num_tokens} tokens"
-            )
-        self._start_running(seq)
+        self._incoming.join(seq)
 
     def fall_back(self, seq: Sequence) -> None:
         """Let a receiving sequence compute what has not landed itself; it keeps its blocks."""
-        self._require_receiving(seq)
-        seq.num_computed = min(seq.num_computed, seq.num_tokens - 1)
-        self._start_running(seq)
+        self._incoming.fall_back(seq)
 
     def hand_out(self, seq: Sequence) -> None:
         """Let a prefill worker compute what is left of a running prompt: `fall_back` undone.
 
-        It keeps its blocks and what is in them. Raises ValueError, naming what is amiss, unless it
-        runs, has two tokens or more to compute, and holds blocks for all of its tokens.
+        Raises ValueError if it does not run, has too little to compute, or lacks blocks.
         """
-        if seq.phase != "running":
-            raise ValueError(f"{holder_of(seq)} is {seq.phase}, not running: it cannot be sent out")
-        if seq.num_uncomputed < 2:
-            raise ValueError(f"{holder_of(seq)} has {seq.num_uncomputed} tokens to compute, not 2")
-        if not self.has_room(seq):
-            raise ValueError(
-                f"{holder_of(seq)} has {len(seq.block_table)} blocks of {self.pool.block_size} for "
-                f"{seq.num_tokens} tokens: KV of all of them could not come back"
-            )
-        seq.remote = True
-        self._move(seq, "receiving")
-
-    def _start_running(self, seq: Sequence) -> None:
-        seq.remote = False
-        self._move(seq, "running")
-        self.publish(seq, 0, seq.num_computed)
-
-    def _require_receiving(self, seq: Sequence) -> None:
-        if seq.phase != "receiving":
-            raise ValueError(f"{holder_of(seq)} is {seq.phase}, not receiving")
+        self._incoming.hand_out(seq)
 
     def finish(self, seq: Sequence, reason: FinishReason | None) -> None:
         """End a sequence in whatever phase it is; None: cancelled. Ending it twice changes nothing.
@@ -498,48 +360,12 @@ class Scheduler:
         any more: what a transfer still holds stays held.
         """
         if seq.phase != "finished":
-            self._leave(seq, "finished")
+            self._phases.leave(seq, "finished")
             if self._host is not None:
                 self._host.left(seq)
                 self._host.drop(seq, holder_of(seq))
-            self._stalled.discard(seq)
+            self._out_of_blocks.forget(seq)
             seq.finish_reason = reason
             if reason is not None:
                 most = min(seq.request.max_len, self.max_model_len) - seq.request.prompt_len
                 self.preemption.ended(seq.num_output_tokens, most)
-
-    # ------------------------------------------------------------------ how it is done
-
-    def _move(self, seq: Sequence, phase: Phase) -> None:
-        if seq.phase in self._queues:
-            self._queues[seq.phase].discard(seq)
-        seq.phase = phase
-        if phase in self._queues:
-            self._queues[phase].add(seq)
-
-    def _leave(self, seq: Sequence, phase: Phase) -> None:
-        self._move(seq, phase)
-        if not seq.num_under_way:
-            self._release(seq)
-
-    def _release(self, seq: Sequence) -> None:
-        self.pool.release(seq.block_table, holder_of(seq))
-        seq.block_table = []
-        seq.num_computed = seq.num_in_flight = 0
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.pool.block_size)
-
-    def _extend_hashes(self, seq: Sequence) -> None:
-        salt = seq.request.cache_salt
-        extend_hashes(seq.block_hashes, seq.token_ids, self.pool.block_size, salt)
-
-    def publish(self, seq: Sequence, start: int, end: int) -> None:
-        """Make the blocks findable that are full now that tokens [start, end) have their KV."""
-        blocks = range(start // self.pool.block_size, end // self.pool.block_size)
-        if not blocks or not self.pool.prefix_cache:
-            return
-        self._extend_hashes(seq)
-        for index in blocks:
-            parent = seq.block_hashes[index - 1] if index else b""
-            self.pool.publish(seq.block_table[index], seq.block_hashes[index], parent)

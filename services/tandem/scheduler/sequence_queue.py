@@ -16,6 +16,8 @@ class SequenceQueue:
 
     def __init__(self) -> None:
         self._items: list[Sequence] = []
+        self.num_changes = 0
+        """How often somebody came or went."""
 
     def __len__(self) -> int:
         return len(self._items)
@@ -39,12 +41,14 @@ class SequenceQueue:
     def add(self, seq: Sequence) -> None:
         """Put a sequence at the place that its order gives it."""
         insort(self._items, seq, key=_order)
+        self.num_changes += 1
 
     def discard(self, seq: Sequence) -> None:
         """Take a sequence out, if it is here."""
         index = self._index(seq)
         if index is not None:
             del self._items[index]
+            self.num_changes += 1
 
     def _index(self, seq: Sequence) -> int | None:
         index = bisect_left(self._items, seq.order, key=_order)

@@ -11,8 +11,9 @@ from collections.abc import Sequence as SequenceOf
 
 from tandem.core.sequence import IterationPlan, ScheduledChunk
 from tandem.scheduler.costs import work_of
+from tandem.scheduler.holdings import holder_of
 from tandem.scheduler.policies import Policy
-from tandem.scheduler.scheduler import Scheduler, holder_of
+from tandem.scheduler.scheduler import Scheduler
 
 
 def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
@@ -62,7 +63,7 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
             blocks = range(start // size, end // size)
             filled += [((block + 1) * size - start, place, block) for block in blocks]
     for _, place, block in sorted(filled):  # in the order in which single steps fill them
-        scheduler.publish(plan.chunks[place].sequence, block * size, (block + 1) * size)
+        scheduler.holdings.publish(plan.chunks[place].sequence, block * size, (block + 1) * size)
     return IterationPlan(tuple(chunks))
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from tandem.core.config import SchedulerConfig
 from tandem.core.errors import ConfigError
 from tandem.scheduler.policies.auto_chunk import AutoChunk
-from tandem.scheduler.policies.base import Policy, Task, View
+from tandem.scheduler.policies.base import Policy, Steps, Task, View
 from tandem.scheduler.policies.chunked_prefill import ChunkedPrefill
 from tandem.scheduler.policies.concatenation import Concatenation
 from tandem.scheduler.policies.continuous_batching import ContinuousBatching
@@ -31,6 +31,7 @@ __all__ = [
     "POLICIES",
     "Policy",
     "PoolRole",
+    "Steps",
     "Task",
     "View",
     "make_policy",

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tandem.core.config import SchedulerConfig
 from tandem.scheduler.costs import CostEstimator, Work
-from tandem.scheduler.policies.base import Policy, Task, View, prompt_room
+from tandem.scheduler.policies.base import Policy, Steps, Task, View, prompt_room
 
 MIN_CHUNK = 16
 """A prompt moves on by so much in every iteration, however dear: it must not starve."""
@@ -25,10 +25,9 @@ class AutoChunk(Policy):
         self._config = config
         self._costs = CostEstimator()
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         decoding = view.decoding
-        for seq in decoding:
-            yield Task(seq, 1)
+        yield Steps(decoding)
         work = Work(decodes=len(decoding), context=sum(seq.num_tokens for seq in decoding))
         prompts = view.prompts
         start = prompts[0].num_computed if prompts else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tandem.core.config import SchedulerConfig
-from tandem.scheduler.policies.base import Policy, Task, View, stall_free
+from tandem.scheduler.policies.base import Policy, Steps, Task, View, stall_free
 
 
 class ChunkedPrefill(Policy):
@@ -19,5 +19,5 @@ class ChunkedPrefill(Policy):
     def __init__(self, config: SchedulerConfig) -> None:
         self._chunk_size = config.chunk_size
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         return stall_free(view, view.prompts, view.waiting, self._chunk_size)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from tandem.core.config import SchedulerConfig
 from tandem.core.sequence import Sequence
-from tandem.scheduler.policies.base import Policy, Task, View
+from tandem.scheduler.policies.base import Policy, Steps, Task, View
 
 
 class Concatenation(Policy):
@@ -21,9 +21,8 @@ class Concatenation(Policy):
     def __init__(self, config: SchedulerConfig) -> None:
         self._budget = config.max_batch_tokens
 
-    def tasks(self, view: View) -> Iterable[Task]:
-        for seq in view.decoding:
-            yield Task(seq, 1)
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
+        yield Steps(view.decoding)
         prompts = view.prompts
         yield from self._whole(view, prompts, cut_first=True)
         yield from self._whole(view, view.waiting, cut_first=not prompts)

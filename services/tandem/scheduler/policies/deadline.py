@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from tandem.core.config import SchedulerConfig
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.scheduler.costs import CostEstimator, Work
-from tandem.scheduler.policies.base import Policy, Task, View, prompt_room
+from tandem.scheduler.policies.base import Policy, Steps, Task, View, prompt_room
 
 MIN_CHUNK = 16
 """A prompt moves on by so much in every iteration, however dear: it must not starve."""
@@ -29,10 +29,9 @@ class Deadline(Policy):
     def line(self, waiting: Iterable[Sequence], now: float) -> Iterable[Sequence]:
         return sorted(waiting, key=lambda seq: self._urgency(seq, now))
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         decoding = sorted(view.decoding, key=lambda seq: self._next_token_due(seq, view.now))
-        for seq in decoding:
-            yield Task(seq, 1)
+        yield Steps(decoding)
         prompts = list(self.line(view.prompts, view.now))
         room = self._room(view, decoding, prompts[0].num_computed if prompts else 0)
         waiting = self.line(view.waiting, view.now)

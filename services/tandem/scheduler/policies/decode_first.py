@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tandem.core.config import SchedulerConfig
 from tandem.core.sequence import IterationPlan
-from tandem.scheduler.policies.base import Policy, Task, View, stall_free
+from tandem.scheduler.policies.base import Policy, Steps, Task, View, stall_free
 
 
 class DecodeFirst(Policy):
@@ -22,12 +22,11 @@ class DecodeFirst(Policy):
         self._streak_limit = config.decode_streak
         self._streak = 0
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         if not view.decoding or self._streak >= self._streak_limit:
             yield from stall_free(view, view.prompts, view.waiting, self._chunk_size)
             return
-        for seq in view.decoding:
-            yield Task(seq, 1)
+        yield Steps(view.decoding)
         for seq in view.waiting:
             if not seq.remote:
                 return

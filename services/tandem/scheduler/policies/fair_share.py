@@ -9,7 +9,7 @@ from heapq import heapify, heappop, heappush
 from tandem.core.config import SchedulerConfig
 from tandem.core.pairs import parse_pairs
 from tandem.core.sequence import IterationPlan, Sequence
-from tandem.scheduler.policies.base import Policy, Task, View, stall_free
+from tandem.scheduler.policies.base import Policy, Steps, Task, View, stall_free
 
 OUTPUT_COST = 2.0
 """What a decode step weighs against a prompt token, as in the paper."""
@@ -61,7 +61,7 @@ class FairShare(Policy):
             if queues[tenant]:
                 heappush(heap, (counter + self._cost(tenant, seq.num_uncomputed), tenant))
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         prompts, waiting = self.line(view.prompts, view.now), self.line(view.waiting, view.now)
         return stall_free(view, prompts, waiting, self._chunk_size)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tandem.core.config import SchedulerConfig
-from tandem.scheduler.policies.base import Policy, Task, View
+from tandem.scheduler.policies.base import Policy, Steps, Task, View
 
 
 class PrefillFirst(Policy):
@@ -20,11 +20,10 @@ class PrefillFirst(Policy):
     def __init__(self, config: SchedulerConfig) -> None:
         self._budget = config.max_batch_tokens
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         for seq in view.prompts:
             yield Task(seq, self._budget)
         for seq in view.waiting:
             yield Task(seq, self._budget)
         if view.num_planned == 0:
-            for seq in view.decoding:
-                yield Task(seq, 1)
+            yield Steps(view.decoding)

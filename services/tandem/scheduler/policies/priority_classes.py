@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tandem.core.config import SchedulerConfig
 from tandem.core.pairs import parse_pairs
 from tandem.core.sequence import Sequence
-from tandem.scheduler.policies.base import Policy, Task, View, stall_free
+from tandem.scheduler.policies.base import Policy, Steps, Task, View, stall_free
 
 
 class PriorityClasses(Policy):
@@ -38,7 +38,7 @@ class PriorityClasses(Policy):
         handicap = self._ageing * self._index(seq.request.priority)
         return (seq.arrived_at + handicap, seq.arrival)
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         prompts, waiting = self.line(view.prompts, view.now), self.line(view.waiting, view.now)
         return stall_free(view, prompts, waiting, self._chunk_size)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tandem.core.config import SchedulerConfig
 from tandem.core.sequence import Sequence
-from tandem.scheduler.policies.base import Policy, Task, View, stall_free
+from tandem.scheduler.policies.base import Policy, Steps, Task, View, stall_free
 
 
 class ShortestPrompt(Policy):
@@ -28,6 +28,6 @@ class ShortestPrompt(Policy):
 
         return sorted(waiting, key=rank)
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         prompts, waiting = self.line(view.prompts, view.now), self.line(view.waiting, view.now)
         return stall_free(view, prompts, waiting, self._chunk_size)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tandem.core.config import SchedulerConfig
 from tandem.core.sequence import Sequence
-from tandem.scheduler.policies.base import Policy, Task, View
+from tandem.scheduler.policies.base import Policy, Steps, Task, View
 
 
 class StaticBatching(Policy):
@@ -23,7 +23,7 @@ class StaticBatching(Policy):
         self._budget = config.max_batch_tokens
         self._members: list[Sequence] = []
 
-    def tasks(self, view: View) -> Iterable[Task]:
+    def tasks(self, view: View) -> Iterable[Task | Steps]:
         if not view.running and not view.num_receiving:
             self._form(view)
         for seq in view.prompts:
@@ -32,8 +32,7 @@ class StaticBatching(Policy):
             if seq.phase == "waiting":
                 yield Task(seq, self._budget)
         if view.num_planned == 0:
-            for seq in view.decoding:
-                yield Task(seq, 1)
+            yield Steps(view.decoding)
 
     def _form(self, view: View) -> None:
         """Make the next group of the first that wait, once they are enough or waited enough."""
