@@ -54,7 +54,7 @@ class DecodePeer:
     ) -> None:
         self.name = f"{hello.name}@{hello.incarnation}"
         self.outbox: Outbox[worker_pb2.PrefillToDecode] = Outbox(runtime.events.loop)
-        self.transfer = runtime.peer_transfer(
+        self.transfer = runtime.links.to_peer(
             self._send_link, PostedEvents(runtime.loop, handler, self)
         )
         self.transfer.meet(hello.name, hello.kv_spec)

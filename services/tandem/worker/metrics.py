@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.host_tier import CopyKind
 from tandem.scheduler.preemption import Way
 
@@ -178,13 +179,17 @@ class WorkerMetrics:
         counter.labels(*self._labels, label).inc(total - self._seen[counter, label])
         self._seen[counter, label] = total
 
-    def set_host_blocks(self, used: int, cached: int, total: int) -> None:
-        for state, count in (("used", used), ("cached", cached), ("free", total - used - cached)):
-            self.host_blocks.labels(*self._labels, state).set(count)
+    def set_blocks(self, pool: BlockPool) -> None:
+        self._set_states(self.blocks, pool)
+
+    def set_host_blocks(self, pool: BlockPool) -> None:
+        self._set_states(self.host_blocks, pool)
+
+    def _set_states(self, gauge: Gauge, pool: BlockPool) -> None:
+        used, cached = pool.num_used, pool.num_cached
+        free = pool.num_blocks - used - cached
+        for state, count in (("used", used), ("cached", cached), ("free", free)):
+            gauge.labels(*self._labels, state).set(count)
 
     def set_policy(self, name: str) -> None:
         self.policy.labels(*self._labels, name).set(1)
-
-    def set_blocks(self, used: int, cached: int, total: int) -> None:
-        for state, count in (("used", used), ("cached", cached), ("free", total - used - cached)):
-            self.blocks.labels(*self._labels, state).set(count)
