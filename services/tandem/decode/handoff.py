@@ -18,12 +18,11 @@ from tandem.core.request import SampledToken
 from tandem.decode.active import ActiveRequest, Leg
 from tandem.decode.peers import PrefillPeer
 from tandem.router.lending import local_prefill_limit
-from tandem.transfer import Piece
 from tandem.v1 import worker_pb2
 from tandem.wire import position_logprobs_from_proto, request_to_prefill
 from tandem.worker.landing import LandingProgress
 from tandem.worker.runtime import WorkerRuntime
-from tandem.worker.transfers import LandedPiece, TransferHolds
+from tandem.worker.transfers import LandedPiece, LegTransfers
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +51,7 @@ class Handoff:
         self._owner = owner
         self._peers: dict[str, PrefillPeer] = {}
         self._legs: dict[int, ActiveRequest] = {}
-        self._holds = TransferHolds(runtime.pool)
+        self._transfers = LegTransfers(runtime)
         self._next_leg_id = 1
 
     @property
@@ -80,7 +79,7 @@ class Handoff:
         peer = self._peer(target)
         sequence = active.sequence
         idle = not any(other.leg and other.leg.peer is peer for other in self._legs.values())
-        leg = Leg(self._next_leg_id, peer, sequence.num_tokens)
+        leg = Leg(self._next_leg_id, peer, sequence, sequence.num_tokens)
         self._next_leg_id += 1
         self._legs[leg.leg_id] = active
         self._runtime.trace.leg(active.request.request_id, leg.leg_id)
@@ -232,11 +231,11 @@ class Handoff:
 
     def receives_closed(self, peer: PrefillPeer, leg_id: int) -> None:
         """No scatter touches the leg's blocks any more."""
-        self._holds.release(peer.name, leg_id, "in")
+        self._transfers.closed(peer, leg_id, "in")
 
     def sends_closed(self, peer: PrefillPeer, leg_id: int, error: str | None) -> None:
         """KV that the prefill worker fetched has arrived there, or never will."""
-        self._holds.release(peer.name, leg_id, "out")
+        self._transfers.closed(peer, leg_id, "out")
         active = self._legs.get(leg_id)
         if error and active is not None and active.leg is not None:
             self._fail(active, active.leg, error)
@@ -279,12 +278,9 @@ class Handoff:
         leg.held = held
         leg.num_granted = leg.num_tokens - held
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
-        self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
         # A kept leg may have grown: whatever of it has room is welcome.
         reserved = len(sequence.block_table) * runtime.pool.block_size
-        end = reserved if leg.was_kept else leg.num_tokens
-        slots = runtime.engine.storage.slots(sequence.block_table, held, end)
-        leg.peer.transfer.expect(leg.leg_id, held, slots)
+        self._transfers.receive(leg, held, reserved if leg.was_kept else leg.num_tokens)
         if leg.was_asked:
             grant = worker_pb2.Grant(leg_id=leg.leg_id, held_tokens=held, reserved_tokens=reserved)
             leg.peer.send(worker_pb2.DecodeToPrefill(grant=grant))
@@ -299,18 +295,10 @@ class Handoff:
             active.cached_tokens = min(cached, active.request.prompt_len)
         leg.computed = started.cached_tokens
         if started.fetch_end > started.fetch_start:
-            self._send_held(active, leg, started.fetch_start, started.fetch_end)
-
-    def _send_held(self, active: ActiveRequest, leg: Leg, start: int, end: int) -> None:
-        """Send KV that we hold and the prefill worker lacks, so that nobody computes it twice."""
-        runtime, transfer = self._runtime, leg.peer.transfer
-        self._holds.take(leg.peer.name, leg.leg_id, "out", active.sequence)
-        slots = runtime.engine.storage.slots(active.sequence.block_table, start, end)
-        transfer.open_sends(leg.leg_id)
-        ready = runtime.engine.record_event()
-        for first_layer, num_layers in runtime.engine.layer_groups:
-            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready))
-        transfer.finish_sends(leg.leg_id)
+            # KV that we hold and the prefill worker lacks: nobody computes it twice.
+            self._transfers.open_sends(leg)
+            self._transfers.send_computed(leg, 0, started.fetch_start, started.fetch_end)
+            leg.peer.transfer.finish_sends(leg.leg_id)
 
     def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
         leg.computed = chunk.start + chunk.num_tokens

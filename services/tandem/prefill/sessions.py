@@ -63,6 +63,16 @@ class DecodePeer:
         """Queue a message for the decode worker; dropped once it is gone."""
         self.outbox.put(message)
 
+    def fail_leg(self, leg_id: int, reason: str) -> None:
+        """Say that a leg is over before its time."""
+        failed = worker_pb2.PrefillFailed(leg_id=leg_id, reason=reason)
+        self.send(worker_pb2.PrefillToDecode(failed=failed))
+
+    def cut_leg(self, leg_id: int, num_tokens: int) -> None:
+        """Say that a leg ends here, and how many tokens from the start have KV."""
+        cut = worker_pb2.PrefillCut(leg_id=leg_id, num_tokens=num_tokens)
+        self.send(worker_pb2.PrefillToDecode(cut=cut))
+
     def close(self) -> None:
         """End the stream from our side."""
         self.outbox.close()
