@@ -80,7 +80,7 @@ class Handoff:
         """Start a leg on `target`. A sequence that holds blocks keeps them and what is in them."""
         peer = self._peer(target)
         sequence = active.sequence
-        idle = not any(other.leg and other.leg.peer is peer for other in self._legs.values())
+        idle = not self.legs_on(peer)
         leg = Leg(self._next_leg_id, peer, sequence, sequence.num_tokens)
         self._next_leg_id += 1
         self._legs[leg.leg_id] = active
@@ -233,6 +233,26 @@ class Handoff:
             if active is not None and active.leg is not None:
                 self.fail(active, active.leg, reason)
 
+    # -- how a leg ends
+
+    def fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
+        """A leg cannot bring the rest; what has landed stays."""
+        self.abandon(active)
+        if leg.phase != "asked" and active.sequence.phase == "waiting":
+            self._runtime.scheduler.withdraw(active.sequence)
+        self._runtime.metrics.count_recovery("prefill_lost")
+        self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)
+        log.warning(
+            "prefill leg lost", worker=self._runtime.name, request=active.request.request_id,
+            peer=leg.peer.name, reason=reason, kept_tokens=active.sequence.num_computed,
+        )  # fmt: skip
+        self._owner.prefill_lost(active, leg.peer.name, reason)
+
+    def end(self, active: ActiveRequest, leg: Leg) -> None:
+        """A leg is over here; what its transfers touch stays held until they have closed."""
+        del self._legs[leg.leg_id]
+        active.leg = None
+
     # -- steps of a leg
 
     def _ask(
@@ -285,22 +305,6 @@ class Handoff:
             self._transfers.open_sends(leg)
             self._transfers.send_computed(leg, 0, started.fetch_start, started.fetch_end)
             leg.peer.transfer.finish_sends(leg.leg_id)
-
-    def fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
-        self.abandon(active)
-        if leg.phase != "asked" and active.sequence.phase == "waiting":
-            self._runtime.scheduler.withdraw(active.sequence)
-        self._runtime.metrics.count_recovery("prefill_lost")
-        self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)
-        log.warning(
-            "prefill leg lost", worker=self._runtime.name, request=active.request.request_id,
-            peer=leg.peer.name, reason=reason, kept_tokens=active.sequence.num_computed,
-        )  # fmt: skip
-        self._owner.prefill_lost(active, leg.peer.name, reason)
-
-    def end(self, active: ActiveRequest, leg: Leg) -> None:
-        del self._legs[leg.leg_id]
-        active.leg = None
 
     # -- peers
 
