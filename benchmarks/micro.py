@@ -100,9 +100,17 @@ def engine_choices(threads: list[int], runs: int) -> list[Choice]:
     return [*ours, Choice("reference", reference, max(threads), BATCHES[:2], 1)]
 
 
-def run_engine(model: Path, dtype: str, choice: Choice) -> Any:
-    """Measure one engine in a process of its own."""
-    sizes = ["1024", "128", str(STEPS), *map(str, choice.batches)]
+def run_engine(
+    model: Path,
+    dtype: str,
+    choice: Choice,
+    *,
+    prompt: int = 1024,
+    context: int = 128,
+    steps: int = STEPS,
+) -> Any:
+    """Measure one engine in a process of its own; `prompt` and `context` in tokens."""
+    sizes = map(str, (prompt, context, steps, *choice.batches))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.micro_engine"),

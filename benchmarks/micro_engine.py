@@ -7,15 +7,14 @@ prints one JSON object. Which kernels run is decided by TANDEM_KERNELS, as in a 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from pathlib import Path
 from statistics import median
 
-import structlog
 import torch
 
+from tandem.controller.logs import configure_logging
 from tandem.core.config import CacheConfig, ModelConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
@@ -85,7 +84,7 @@ def _run(engine: Engine, chunks: list[ScheduledChunk]) -> None:
 
 
 def main(model: str, threads: str, dtype: str, *sizes: str) -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    configure_logging("error")  # KV is meant to hold no more than what is measured
     prompt, context, steps, *batches = map(int, sizes)
     print(json.dumps(measure(Path(model), int(threads), dtype, prompt, context, steps, batches)))
 

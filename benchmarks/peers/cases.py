@@ -32,9 +32,9 @@ class Case:
         """Whether the prompt is what is measured."""
         return self.new_tokens == 1
 
-    def prompts(self, vocab_size: int, turn: int) -> list[list[int]]:
-        """Return the prompts of one turn, the same for every engine."""
-        rng = random.Random(f"{self.key} {turn}")
+    def prompts(self, vocab_size: int, turn: int, time: int = 0) -> list[list[int]]:
+        """Return the prompts of one `time` in a turn, the same for every engine."""
+        rng = random.Random(f"{self.key} {turn} {time}")
         return [
             [rng.randrange(FIRST_TOKEN_ID, vocab_size) for _ in range(self.prompt_tokens)]
             for _ in range(self.batch)
@@ -54,6 +54,8 @@ class ModelCases:
     key: str
     title: str
     cases: tuple[Case, ...]
+    times: int = 1
+    """How often each is asked in one turn, of which the median counts."""
 
 
 def _prefill(aim: float | None) -> Case:
@@ -70,7 +72,10 @@ QWEN = ModelCases(
     (_prefill(1.0), _decode(1, 1.15), _decode(8, 1.6), _decode(32, None)),
 )
 LLAMA = ModelCases(
-    "llama-15m", "Llama shape of 15 M parameters, bfloat16", (_prefill(None), _decode(8, 3.0))
+    "llama-15m",
+    "Llama shape of 15 M parameters, bfloat16",
+    (_prefill(None), _decode(8, 3.0)),
+    times=7,  # each takes some tens or hundreds of milliseconds
 )
 MODELS = (QWEN, LLAMA)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -46,8 +47,9 @@ def test_every_engine_gets_the_same_prompts_and_no_turn_repeats_them() -> None:
     assert first == again
     assert len(first) == 8
     assert all(len(prompt) == 128 and min(prompt) >= 300 for prompt in first)
-    turns = [prompt for turn in (-1, 0, 1) for prompt in DECODE_8.prompts(32000, turn)]
-    assert len({tuple(prompt[:16]) for prompt in turns}) == 24
+    asked = product((-1, 0, 1), range(2))
+    turns = [prompt for turn, time in asked for prompt in DECODE_8.prompts(32000, turn, time)]
+    assert len({tuple(prompt[:16]) for prompt in turns}) == 48
 
 
 def test_a_table_has_medians_ranges_and_the_ratio_to_the_best_peer() -> None:

@@ -13,10 +13,11 @@ import pytest
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError, UnavailableError
-from tandem.profiler.experiments import decode_batch, lone_iterations
+from tandem.profiler.experiments import Prompts, decode_batch, lone_iterations
 from tandem.profiler.fit import FitError, Sample, fit_link, fit_samples
+from tandem.profiler.measure import Measurements, lone_prompts
 from tandem.profiler.stream import Endpoint, complete
-from tandem.profiler.target import check_target
+from tandem.profiler.target import Done, Target, check_target
 from tandem.scheduler.costs import Work
 from tandem.simulator import Profile, load_profile
 from tandem.simulator.machines import Machine, WorkerTime
@@ -209,6 +210,44 @@ async def gateway(answer: str) -> AsyncIterator[Endpoint]:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
         yield Endpoint("127.0.0.1", server.sockets[0].getsockname()[1], "m")
+
+
+class Counted(Target):
+    """A cluster whose decode worker says, prompt after prompt, what it has done for it."""
+
+    def __init__(self, endpoint: Endpoint, *prompts: Done) -> None:
+        good = check_target(TandemConfig(), "c:1", "g:2", status((P, READY, 0), (D, READY, 0)))
+        super().__init__("c:1", endpoint, good.config, good.decode, good.prefill)
+        nothing = Done(0, 0, 0)
+        self.__dict__["answers"] = iter([done for each in prompts for done in (nothing, each)])
+
+    @property
+    def layer_groups(self) -> int:
+        return 3
+
+    async def done(self) -> Done:
+        return next(self.__dict__["answers"])
+
+
+SENT, MOVED, HERE = Done(4e5, 1e-3, 0), Done(1e5, 1e-4, 40), Done(0, 0, 64)
+
+
+async def test_a_prompt_counts_for_the_worker_that_computed_it_all() -> None:
+    found = Measurements()
+    async with gateway("") as endpoint:
+        target = Counted(endpoint, SENT, HERE, MOVED, SENT, SENT)
+        await lone_prompts(target, Prompts(100), 64, found)
+    assert [sample.messages for sample in found.samples] == [4, 2]
+    assert found.wire == [(3, 4e5, 1e-3)] * 3
+    assert found.sent_tokens == 3 * 64
+    assert set(found.remote) == {64}
+
+
+async def test_prompts_that_always_move_say_what_to_do() -> None:
+    async with gateway("") as endpoint:
+        target = Counted(endpoint, *[MOVED] * 5)
+        with pytest.raises(FitError, match=r"lending\.mode=off"):
+            await lone_prompts(target, Prompts(100), 64, Measurements())
 
 
 async def test_a_stream_notes_when_each_token_came() -> None:

@@ -119,6 +119,14 @@ def test_where_a_prompt_is_computed(
     assert (move.key if move else None) == moved, case
 
 
+def test_a_move_that_saves_less_than_its_messages_take_is_not_worth_it() -> None:
+    queue = [prompt(name, 1000) for name in "abc"]
+    move = best_move(IDLE, {"p": IDLE}, queue, margin=0.0)
+    assert move is not None
+    assert best_move(IDLE, {"p": IDLE}, queue, 0.0, min_gain=move.gain) is None
+    assert best_move(IDLE, {"p": IDLE}, queue, 0.0, min_gain=0.99 * move.gain) == move
+
+
 def test_a_worker_that_has_not_said_what_it_costs_is_left_alone() -> None:
     queue = [prompt(name, 1000) for name in "abc"]
     assert best_move(DECODING, {}, queue, margin=0.0) is None

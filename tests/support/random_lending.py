@@ -19,7 +19,7 @@ def move_at_random(worker: str) -> None:
         here: WorkerLoad,
         elsewhere: Mapping[str, WorkerLoad],
         prompts: Iterable[Prompt[Any]],
-        margin: float,
+        *_thresholds: float,
     ) -> Move[Any] | None:
         movable = [
             prompt

@@ -234,6 +234,9 @@ class LendingConfig(_Frozen):
     margin: float = Field(
         0.15, ge=0, lt=1, description="measured: share of its time that a move must save"
     )
+    min_gain: float = Field(
+        0.005, ge=0, description="measured: seconds that a move must save; its messages take some"
+    )
     max_moves: int = Field(3, ge=0, description="measured: times that one prompt may move")
     max_kept: int = Field(
         8,

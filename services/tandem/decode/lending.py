@@ -105,7 +105,7 @@ class Lender:
         direction = "here" if leg is not None else "away"
         self._runtime.metrics.count_move(direction)
         self._runtime.count_lent(0, requests=int(active.is_lent))
-        log.info(
+        log.debug(
             "prompt moved", worker=self._runtime.name, request=active.request.request_id,
             direction=direction, kept_tokens=sequence.num_computed, tokens=sequence.num_tokens,
         )  # fmt: skip
@@ -144,7 +144,7 @@ class Lender:
 
     def _advised_move(self, prompts: Iterable[Prompt[ActiveRequest]]) -> ActiveRequest | None:
         loads = self._loads()
-        return advised_move(self._runtime.scheduler, loads, prompts, self._config.margin)
+        return advised_move(self._runtime.scheduler, loads, prompts, self._config)
 
     def _loads(self) -> Mapping[str, WorkerLoad]:
         """What prefill workers have said, with the time that has passed since."""

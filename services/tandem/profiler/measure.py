@@ -6,7 +6,6 @@ the decode worker computes itself with those that go to the prefill worker.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -19,10 +18,11 @@ from tandem.profiler.experiments import (
     decode_batch,
     lone_iterations,
 )
-from tandem.profiler.fit import Fit, Sample, fit_link, fit_samples
+from tandem.profiler.fit import Fit, FitError, Sample, fit_link, fit_samples
 from tandem.profiler.machine import describe_machine, describe_versions, today
-from tandem.profiler.stream import complete
-from tandem.profiler.target import Target
+from tandem.profiler.stream import Stream, complete
+from tandem.profiler.target import Done, Target
+from tandem.scheduler import PoolRole
 from tandem.simulator.profile import (
     IterationCost,
     LinkCost,
@@ -51,6 +51,8 @@ class Measurements:
     sent_tokens: int = 0
     lone: dict[int, float] = field(default_factory=dict)
     """TTFT of a prompt by its length."""
+    remote: dict[int, float] = field(default_factory=dict)
+    """The same of prompts that the prefill worker computed."""
 
 
 async def measure_profile(target: Target, name: str, say: Say) -> Profile:
@@ -62,7 +64,7 @@ async def measure_profile(target: Target, name: str, say: Say) -> Profile:
     prompts, found = Prompts(target.vocab_size), Measurements()
     await complete(target.endpoint, prompts.draw(_PROMPTS[2] + 1), 4)  # opens streams and links
     for length in _lengths(target):
-        await _lone_prompts(target, prompts, length, found)
+        await lone_prompts(target, prompts, length, found)
         say(f"prompt of {length} tokens: {found.lone[length] * 1e3:.1f} ms to the first token")
     for size, context in _batches(target):
         batch = await _batch(target, prompts, size, context)
@@ -99,23 +101,43 @@ def _batches(target: Target) -> list[tuple[int, int]]:
     ]
 
 
-async def _lone_prompts(target: Target, prompts: Prompts, length: int, found: Measurements) -> None:
-    """Measure the way to the first token, and what its KV took on the wire."""
-    remote = target.prefill is not None and length > target.config.worker.local_prefill_max_tokens
-    works = lone_iterations(target.config, "prefill" if remote else "decode", length)
-    times = []
+async def lone_prompts(target: Target, prompts: Prompts, length: int, found: Measurements) -> None:
+    """Measure the way to the first token, and what its KV took on the wire.
+
+    Where a prompt is computed is the cluster's decision. One that both workers computed a part of
+    tells nothing.
+    """
+    times: dict[PoolRole, list[float]] = {"prefill": [], "decode": []}
+    works = {role: lone_iterations(target.config, role, length) for role in times}
     for _ in range(_REPEATS if length < _LONG else _REPEATS_OF_LONG):
-        before = await asyncio.to_thread(target.received)
-        stream = await complete(target.endpoint, prompts.draw(length), 1 + remote)
-        times.append(stream.ttft)  # a second token comes only when all KV has landed
-        after = await asyncio.to_thread(target.received)
-        if remote:
-            pieces = len(works) * target.layer_groups
-            found.wire.append((pieces, after[0] - before[0], after[1] - before[1]))
+        stream, done = await _complete_alone(target, prompts.draw(length))
+        if not done.kv_bytes:
+            times["decode"].append(stream.ttft)
+        elif not done.computed:
+            times["prefill"].append(stream.ttft)
+            pieces = len(works["prefill"]) * target.layer_groups
+            found.wire.append((pieces, done.kv_bytes, done.wire_seconds))
             found.sent_tokens += length
-    found.lone[length] = median(times)
-    messages = 0 if target.prefill is None else 4 if remote else 2
-    found.samples.append(Sample(median(times), works, requests=1, messages=messages))
+    measured = {role: median(series) for role, series in times.items() if series}
+    if not measured:
+        raise FitError(
+            f"every prompt of {length} tokens moved from one worker to the other while it was "
+            "computed: set lending.mode=off in the cluster that is measured"
+        )
+    for role, seconds in measured.items():
+        messages = 0 if target.prefill is None else 4 if role == "prefill" else 2
+        found.samples.append(Sample(seconds, works[role], requests=1, messages=messages))
+    found.lone[length] = min(measured.values())
+    if "prefill" in measured:
+        found.remote[length] = measured["prefill"]
+
+
+async def _complete_alone(target: Target, prompt: list[int]) -> tuple[Stream, Done]:
+    """Compute one prompt and return what the decode worker did for it."""
+    before = await target.done()
+    # With a prefill worker a second token comes only when all KV has landed.
+    stream = await complete(target.endpoint, prompt, 1 if target.prefill is None else 2)
+    return stream, (await target.done()).since(before)
 
 
 async def _batch(target: Target, prompts: Prompts, size: int, context: int) -> Batch:
@@ -131,13 +153,20 @@ async def _beside_each_other(
 ) -> SharedMachine:
     """Measure how much longer iterations of one worker take while the other computes."""
     size, context = _SIDE_BATCH
-    length = min(_SIDE_PROMPT, max(found.lone))
+    lengths = [length for length in found.remote if length <= _SIDE_PROMPT] or [*found.remote]
+    if not lengths:
+        raise FitError(
+            "the decode worker computed every prompt itself, so nothing is known of the prefill "
+            "worker: set lending.mode=off in the cluster that is measured"
+        )
+    length = max(lengths)
     times: list[float] = []
 
     async def compute_prompts() -> None:
         for prompt in [prompts.draw(length) for _ in range(_SIDE_PROMPTS)]:
-            stream = await complete(target.endpoint, prompt, 1)
-            times.append(stream.ttft)
+            stream, done = await _complete_alone(target, prompt)
+            if not done.computed:
+                times.append(stream.ttft)
 
     drawn = [prompts.draw(context) for _ in range(size)]
     most = target.max_model_len - context - 1
@@ -146,7 +175,7 @@ async def _beside_each_other(
     alone = fit.seconds(Sample(1.0, (batch.work,)))
     return SharedMachine(
         workers=2,
-        prefill=max(1.0, fmean(times) / found.lone[length]),
+        prefill=max(1.0, fmean(times) / found.remote[length]) if times else 1.0,
         decode=max(1.0, batch.mean / alone),
     )
 

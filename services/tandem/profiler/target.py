@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.request import urlopen
 
 import grpc
@@ -18,6 +19,21 @@ from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 _SECONDS = 10.0
 _POLL_SECONDS = 0.05
 _LAYER_GROUPS = 4
+
+
+class Done(NamedTuple):
+    """What the decode worker has done for prompts so far."""
+
+    kv_bytes: float
+    """Received from the prefill worker."""
+    wire_seconds: float
+    """That their pieces were on the wire."""
+    computed: float
+    """Tokens of prompts that it computed itself."""
+
+    def since(self, before: Done) -> Done:
+        """Return what came after `before`."""
+        return Done(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -56,11 +72,11 @@ class Target:
         ):
             await asyncio.sleep(_POLL_SECONDS)
 
-    def received(self) -> tuple[float, float]:
-        """KV bytes that the decode worker received so far, and seconds on the wire of its pieces.
+    async def done(self) -> Done:
+        """Ask the decode worker for its counters. Raises `UnavailableError`."""
+        return await asyncio.to_thread(self._read_counters)
 
-        Raises `UnavailableError`.
-        """
+    def _read_counters(self) -> Done:
         try:
             url = f"http://{self.decode.metrics_address}/metrics"
             with urlopen(url, timeout=_SECONDS) as answer:
@@ -68,13 +84,17 @@ class Target:
         except OSError as error:
             raise UnavailableError(f"{self.decode.name}: no metrics: {error}") from error
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-        size = sum(s.value for s in samples if s.name == "tandem_worker_kv_bytes_total")
-        seconds = sum(
-            s.value
-            for s in samples
-            if s.name == "tandem_worker_stage_seconds_sum" and s.labels["stage"] == "transfer"
+
+        def total(name: str, **labels: str) -> float:
+            return sum(
+                s.value for s in samples if s.name == name and labels.items() <= s.labels.items()
+            )
+
+        return Done(
+            kv_bytes=total("tandem_worker_kv_bytes_total"),
+            wire_seconds=total("tandem_worker_stage_seconds_sum", stage="transfer"),
+            computed=total("tandem_worker_tokens_total", kind="prefill"),
         )
-        return size, seconds
 
 
 def _status(controller: str) -> cluster_pb2.ClusterStatus:

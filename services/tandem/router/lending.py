@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from tandem.core.config import TandemConfig
+from tandem.core.config import LendingConfig, TandemConfig
 from tandem.core.sequence import Sequence
 from tandem.scheduler import Scheduler
 from tandem.scheduler.costs import IterationCosts, Work
@@ -137,12 +137,14 @@ def best_move(
     elsewhere: Mapping[str, WorkerLoad],
     prompts: Iterable[Prompt[Key]],
     margin: float,
+    min_gain: float = 0.0,
 ) -> Move[Key] | None:
     """Return the move that gains the most time to a first token, or None if none is worth it.
 
     `here` is the decode worker, `elsewhere` the prefill workers that have said what they cost:
     nothing moves to or from another. `prompts`: all of the decode worker's own, in the order in
-    which each place serves them. A prompt moves if that saves `margin` of its time.
+    which each place serves them. A prompt moves if that saves more than `min_gain` seconds and
+    more than `margin` of its time.
     """
     local = _Line(here)
     lines = {name: _Line(load) for name, load in elsewhere.items()}
@@ -159,7 +161,7 @@ def best_move(
         if not prompt.is_here and prompt.blocks > here.free_blocks:
             continue
         gain = end - line.end_of(prompt)
-        if gain > margin * end and (best is None or gain > best.gain):
+        if gain > max(min_gain, margin * end) and (best is None or gain > best.gain):
             best = Move(prompt.key, gain)
     return best
 
@@ -222,7 +224,7 @@ def advised_move(
     scheduler: Scheduler,
     elsewhere: Mapping[str, WorkerLoad],
     prompts: Iterable[Prompt[Key]],
-    margin: float,
+    config: LendingConfig,
 ) -> Key | None:
     """Return which of the first `MOST_PROMPTS` prompts of a decode worker is to move, if any."""
     if not elsewhere:
@@ -230,7 +232,8 @@ def advised_move(
     for load in elsewhere.values():
         scheduler.costs.seed(load.costs)
     here = load_of(scheduler, NO_PROMPTS)
-    move = best_move(here, elsewhere, islice(prompts, MOST_PROMPTS), margin)
+    looked_at = islice(prompts, MOST_PROMPTS)
+    move = best_move(here, elsewhere, looked_at, config.margin, config.min_gain)
     return move.key if move else None
 
 

@@ -283,7 +283,7 @@ class SimulatedDecode:
         targets = [prompt.key.prefill for prompt in prompts if prompt.key.prefill]
         loads = {target.name: target.load(self) for target in dict.fromkeys(targets)}
         known = {name: load for name, load in loads.items() if load is not None}
-        return advised_move(self._loop.scheduler, known, prompts, self._lending.margin)
+        return advised_move(self._loop.scheduler, known, prompts, self._lending)
 
     def _is_sooner_elsewhere(self, flight: Flight, *, is_here: bool) -> bool:
         """Whether a prompt that comes now should not go where it would by default."""
