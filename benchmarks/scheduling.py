@@ -121,6 +121,7 @@ def routing_cost() -> dict[str, float]:
 
     for number in range(PREFIXES):
         router.route(str(number), prompt(number), 576)
+        router.first_token(str(number))
         router.release(str(number))
     for name in [*decode, *prefill]:
         router.observe(name, rng.randrange(8), rng.randrange(3))

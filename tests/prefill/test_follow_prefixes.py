@@ -11,11 +11,14 @@ from typing import Any, cast
 import grpc
 import pytest
 
+from tandem.core.config import SchedulerConfig
 from tandem.core.prefix_events import PrefixEvents
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.prefix_journal import REMEMBERED, PrefixJournal
 from tandem.prefill import sessions
 from tandem.prefill.sessions import PrefillService
+from tandem.scheduler import Scheduler
+from tandem.scheduler.costs import Work
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire.prefixes import prefix_events_from_proto
 from tandem.worker.engine_loop import EngineLoop
@@ -35,7 +38,7 @@ class Worker:
         self.journal = PrefixJournal(self.pool, None)
         self.loop = EngineLoop(self.name, lambda: False)
         self.config = SimpleNamespace(worker=SimpleNamespace(heartbeat_interval=0.01))
-        self.scheduler = SimpleNamespace(preemption=SimpleNamespace(host_value=0.0))
+        self.scheduler = Scheduler(SchedulerConfig(max_batch_tokens=64), self.pool, 1024)
         self.metrics = SimpleNamespace(stale=SimpleNamespace(inc=lambda: None))
 
     def store(self, *names: bytes) -> None:
@@ -75,6 +78,11 @@ async def following(call: Any) -> PrefixEvents:
     return prefix_events_from_proto(await asyncio.wait_for(call.read(), 10))
 
 
+def said(number: int, **changes: Any) -> PrefixEvents:
+    """What is due from a worker that has measured nothing yet."""
+    return PrefixEvents(number, host_value=0.5, **changes)
+
+
 def keys(*names: bytes) -> tuple[bytes, ...]:
     return tuple(name * 8 for name in names)
 
@@ -83,11 +91,11 @@ async def test_each_gateway_gets_a_snapshot_whenever_it_comes_and_then_the_chang
     worker = Worker()
     async with served(worker) as stub:
         early = follow(stub)
-        assert await following(early) == PrefixEvents(1, reset=True)
+        assert await following(early) == said(1, reset=True)
         await worker.do(worker.store, b"a", b"b")
-        assert await following(early) == PrefixEvents(2, stored=keys(b"a", b"b"))
+        assert await following(early) == said(2, stored=keys(b"a", b"b"))
         late = follow(stub)
-        assert await following(late) == PrefixEvents(1, reset=True, stored=keys(b"a", b"b"))
+        assert await following(late) == said(1, reset=True, stored=keys(b"a", b"b"))
         await worker.do(worker.store, *[bytes([n]) for n in range(8)])
         for call, number in ((early, 3), (late, 2)):
             events = await following(call)
@@ -96,12 +104,24 @@ async def test_each_gateway_gets_a_snapshot_whenever_it_comes_and_then_the_chang
             assert len(events.stored) == 8
 
 
+async def test_its_messages_say_what_a_prompt_token_takes_once_that_is_measured() -> None:
+    worker = Worker()
+    async with served(worker) as stub:
+        call = follow(stub)
+        assert (await following(call)).prompt_token_seconds == 0.0
+        for tokens in (8, 16, 24, 32, 40, 48, 56, 64):
+            work = Work(prompt_tokens=tokens)
+            await worker.do(worker.scheduler.costs.measured, work, 0.064 + 0.002 * tokens)
+        await worker.do(worker.store, b"a")
+        assert (await following(call)).prompt_token_seconds == pytest.approx(0.003, rel=0.01)
+
+
 async def test_who_has_nothing_to_say_gives_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "SIGN_OF_LIFE_SECONDS", 0.0)
     async with served(Worker()) as stub:
         call = follow(stub)
-        assert await following(call) == PrefixEvents(1, reset=True)
-        assert [await following(call) for _ in range(2)] == [PrefixEvents(2), PrefixEvents(3)]
+        assert await following(call) == said(1, reset=True)
+        assert [await following(call) for _ in range(2)] == [said(2), said(3)]
 
 
 async def test_one_that_fell_behind_starts_over_and_nothing_was_queued_for_it() -> None:

@@ -23,6 +23,7 @@ from tandem.router.lending import (
     may_keep,
     prefill_seconds,
     prompt_of,
+    prompt_token_seconds,
     prompts_here,
 )
 from tandem.scheduler import Scheduler
@@ -149,6 +150,22 @@ def test_what_a_prefill_worker_keeps(case: str, load: WorkerLoad, blocks: int, k
 def make_scheduler() -> Scheduler:
     config = SchedulerConfig(max_batch_tokens=16, chunk_size=16)
     return Scheduler(config, BlockPool(num_blocks=64, block_size=4), max_model_len=200)
+
+
+def test_a_worker_says_what_a_prompt_token_takes_beside_what_it_decodes() -> None:
+    """In iterations of 16 tokens; once it has measured enough to know."""
+    scheduler = make_scheduler()
+    assert prompt_token_seconds(scheduler) == 0.0
+    for decodes in range(8):
+        for tokens in (8, 16):
+            work = Work(tokens, decodes)
+            scheduler.costs.measured(work, COSTS.seconds(work))
+    assert prompt_token_seconds(scheduler) == pytest.approx(0.030 / 16 + 0.002, rel=0.01)
+    kept = make_sequence(0, 8)
+    scheduler.add(kept)
+    scheduler.advance(scheduler.schedule())
+    scheduler.append(kept, 7)
+    assert prompt_token_seconds(scheduler) == pytest.approx(0.033 / 16 + 0.002, rel=0.01)
 
 
 def make_sequence(arrival: int, num_tokens: int) -> Sequence:

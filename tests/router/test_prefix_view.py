@@ -27,7 +27,7 @@ def view() -> PrefixView:
 
 def test_a_report_takes_back_what_a_dispatch_led_to_believe() -> None:
     known = view()
-    known.dispatched(1, KEYS)
+    known.expected(1, KEYS)
     assert known.match(1, KEYS) == 10
     known.reported(1, PrefixEvents(1, evicted=tuple(KEYS[4:])))
     assert known.match(1, KEYS) == 4
@@ -49,7 +49,7 @@ def test_blocks_in_host_memory_count_for_what_they_save() -> None:
 
 def test_a_reset_forgets_everything_before() -> None:
     known = view()
-    known.dispatched(0, KEYS)
+    known.expected(0, KEYS)
     known.reported(0, PrefixEvents(9, reset=True, stored=tuple(KEYS[:1])))
     assert known.match(0, KEYS) == 1
 

@@ -9,6 +9,7 @@ import pytest
 
 from tandem.core.config import RouterConfig, RoutingPolicy
 from tandem.core.errors import OverloadedError, UnavailableError
+from tandem.core.prefix_events import PrefixEvents
 from tandem.kvcache.hashing import chain_hashes
 from tandem.router import Assignment, Router
 from tandem.router.prefix_index import PrefixIndex
@@ -48,6 +49,11 @@ def send(
     return router.route(name, chain_hashes(tokens, BLOCK), len(tokens), exclude)
 
 
+def end(router: Router, name: str) -> None:
+    router.first_token(name)
+    router.release(name)
+
+
 def own_prompt(index: int, length: int = 200) -> list[int]:
     return [10_000 * (index + 1) + i for i in range(length)]
 
@@ -85,11 +91,11 @@ def test_without_load_a_conversation_stays_where_its_prefix_is() -> None:
     router = make_router()
     history = own_prompt(0)
     first = send(router, "turn0", history)
-    router.release("turn0")
+    end(router, "turn0")
     for turn in range(1, 10):
         history = history + own_prompt(turn, 50)
         assert send(router, f"turn{turn}", history) == first
-        router.release(f"turn{turn}")
+        end(router, f"turn{turn}")
 
 
 @pytest.mark.parametrize(("bonus", "stays"), [(320, True), (318, False), (10**6, True)])
@@ -98,7 +104,7 @@ def test_prefix_bonus_is_bounded(bonus: int, stays: bool) -> None:
     prefix = own_prompt(0, 960)
     home = send(router, "warm", prefix).decode
     other = ({"d0", "d1"} - {home}).pop()
-    router.release("warm")
+    end(router, "warm")
     send(router, "load", own_prompt(1, 63), exclude=[other])  # 63 + 256 tokens of load
     assert (send(router, "r", prefix).decode == home) is stays
 
@@ -109,7 +115,7 @@ def test_prefix_weight_scales_the_bonus() -> None:
         prefix = own_prompt(0, 960)
         home = send(router, "warm", prefix).decode
         other = ({"d0", "d1"} - {home}).pop()
-        router.release("warm")
+        end(router, "warm")
         send(router, "load", own_prompt(1, 63), exclude=[other])
         assert (send(router, "r", prefix).decode == home) is stays
 
@@ -122,6 +128,47 @@ def test_prefill_load_is_what_is_left_to_compute() -> None:
     # Each needs only its last 16 tokens on `home`: many of them weigh less than one fresh prompt.
     for i in range(12):
         assert send(router, f"r{i}", prefix + own_prompt(i + 1, 16)).prefill == home
+
+
+def test_what_its_decode_worker_has_a_prefill_worker_need_not_compute() -> None:
+    """It fetches the KV, which is counted as a tenth of computing it."""
+    router = make_router(prefill=["p0", "p1"], decode=["d0"])
+    prefix = own_prompt(0, 1600)
+    home = send(router, "warm", prefix).prefill
+    end(router, "warm")
+    other = ({"p0", "p1"} - {home}).pop()
+    send(router, "r", prefix + own_prompt(1, 40), exclude=[str(home)])
+    assert {view.name: view.tokens for view in router._prefill.workers}[other] == 40 + 160
+
+
+def test_where_nobody_has_begun_a_prompt_it_is_not_counted_as_cached() -> None:
+    """A decode worker has KV from the first token on; a prefill worker never has what its decode
+    worker computed itself."""
+    for computed, is_local in ((False, False), (True, True)):
+        taken = set()
+        for seed in range(20):
+            router = make_router(decode=["d0", "d1"], seed=seed)
+            prompt = own_prompt(0, 960)
+            first = send(router, "r0", prompt, exclude=["p1", "d1"])
+            if computed:
+                router.first_token("r0", is_local=is_local)
+            router.release("r0")
+            assert first == ("p0", "d0")
+            second = send(router, "r1", prompt)
+            taken.add(second.prefill if computed else second.decode)
+        assert len(taken) == 2, "chance did not decide"
+
+
+def test_what_a_prefill_worker_had_before_stays_when_the_rest_was_computed_elsewhere() -> None:
+    for seed in range(10):
+        router = make_router(decode=["d0"], seed=seed)
+        prefix = own_prompt(0, 960)
+        home = send(router, "r0", prefix).prefill
+        end(router, "r0")
+        send(router, "r1", prefix + own_prompt(1, 320), exclude=[({*PREFILL} - {home}).pop() or ""])
+        router.first_token("r1", is_local=True)
+        router.release("r1")
+        assert send(router, "r2", prefix + own_prompt(2, 320)).prefill == home
 
 
 def test_prefill_load_ends_at_the_first_token_and_decode_load_at_release() -> None:
@@ -292,6 +339,57 @@ def test_memory_of_prefixes_is_bounded_and_forgets_the_oldest(
         router = make_router(decode=["d0", "d1"], max_tracked_blocks=capacity, seed=seed)
         for name, prompt in (("old", old), ("new", new)):
             send(router, name, prompt, exclude=["d1"])
-            router.release(name)
+            end(router, name)
         taken.add(send(router, "again", old).decode)
     assert taken == homes  # once forgotten, the two are equal and chance decides
+
+
+def report_pace(router: Router, worker: str, seconds: float) -> None:
+    router.observe_prefixes(worker, PrefixEvents(1, prompt_token_seconds=seconds))
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "prefix_aware"])
+def test_a_slow_prefill_worker_gets_what_it_can_do(policy: RoutingPolicy) -> None:
+    """By the time that its tokens in flight take it, and the request's own: first nothing, then a
+    third of what the fast one has."""
+    router = make_router(policy)
+    report_pace(router, "p0", 1e-3)
+    report_pace(router, "p1", 3e-3)
+    taken = [send(router, f"r{i}", own_prompt(i, 100)).prefill for i in range(80)]
+    assert taken[:2] == ["p0", "p0"]
+    assert 17 <= taken.count("p1") <= 23, taken.count("p1")
+
+
+def test_a_prefix_on_a_slow_worker_is_worth_what_computing_it_takes_elsewhere() -> None:
+    for slow, stays in ((2e-3, True), (40e-3, False)):
+        router = make_router(decode=["d0"])
+        prefix = own_prompt(0, 960)
+        send(router, "r0", prefix, exclude=["p1"])
+        router.release("r0")
+        report_pace(router, "p0", slow)
+        report_pace(router, "p1", 1e-3)
+        placed = send(router, "r1", prefix + own_prompt(1, 160)).prefill
+        assert (placed == "p0") is stays, slow
+
+
+@pytest.mark.parametrize("seconds", [(1e-3, 1.1e-3), (1e-3, 0.0), (0.0, 0.0)])
+def test_workers_of_about_one_pace_or_none_known_are_drawn_by_lot(
+    seconds: tuple[float, float],
+) -> None:
+    taken = set()
+    for seed in range(20):
+        router = make_router(seed=seed)
+        for worker, pace in zip(PREFILL, seconds, strict=True):
+            report_pace(router, worker, pace)
+        taken.add(send(router, "r", own_prompt(0)).prefill)
+    assert taken == set(PREFILL)
+
+
+def test_a_pace_is_forgotten_with_its_worker() -> None:
+    router = make_router()
+    report_pace(router, "p0", 1e-3)
+    report_pace(router, "p1", 3e-3)
+    router.set_members(["p0"], DECODE)
+    router.set_members(PREFILL, DECODE)
+    taken = [send(router, f"r{i}", own_prompt(i)).prefill for i in range(20)]
+    assert taken.count("p1") == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from math import sqrt
 from random import Random
 
@@ -26,6 +27,11 @@ def make_router(workers: int, seed: int = 0) -> Router:
     return router
 
 
+def end(router: Router, name: str) -> None:
+    router.first_token(name)
+    router.release(name)
+
+
 def loads(pool: WorkerPool) -> dict[str, int]:
     return {view.name: view.tokens for view in pool.workers}
 
@@ -37,7 +43,7 @@ class Crowd:
     def __init__(self, router: Router, shared: int, tail: int) -> None:
         self._router, self._shared, self._tail, self._sent = router, list(range(shared)), tail, 0
         self.home = self.send()
-        router.release("r1")
+        end(router, "r1")
 
     def send(self) -> tuple[str | None, str]:
         self._sent += 1
@@ -75,7 +81,7 @@ def test_no_worker_has_more_than_its_bound_of_work_for_a_shared_prefix(
         mean = sum(before_decode.values()) / workers
         assert before_decode[decode] + whole <= mean + shared + whole
         if number > in_flight + 1:
-            router.release(f"r{number - in_flight}")
+            end(router, f"r{number - in_flight}")
 
 
 @given(workers=st.integers(2, 8), in_flight=st.integers(32, 200), tail=st.integers(1, 32))
@@ -92,7 +98,7 @@ def test_a_crowd_with_short_tails_comes_to_be_spread_over_all_workers(
         if number > 700:
             taken.update((prefill, decode))
         if number > in_flight + 1:
-            router.release(f"r{number - in_flight}")
+            end(router, f"r{number - in_flight}")
     assert max(taken.values()) <= 799 * ((1 + SLACK) / workers + 2 / in_flight), taken
 
 
@@ -110,25 +116,38 @@ def test_a_conversation_without_pressure_stays_with_its_worker(
     homes = set()
     for turn in range(40):
         homes.add(router.route("turn", chain_hashes(history, BLOCK), len(history)))
-        router.release("turn")
+        end(router, "turn")
         history += [1000 + 64 * turn + i for i in range(64)]
     assert len(homes) == 1
 
 
-def test_a_long_conversation_waits_for_its_worker_rather_than_begin_anew() -> None:
-    """Crowded or not: it is alone with its prefix, and to compute it again costs more."""
-    router = make_router(4)
+def behind_a_busy_home(decode_workers: Callable[[int], str]) -> list[bool]:
+    """Of eight turns of a conversation whose prefill worker is busy with another prompt: whether
+    they go there. `decode_workers`: the only one in each turn."""
+    router, prefill = make_router(4), [f"p{i}" for i in range(4)]
+    router.set_members(prefill, ["d0"])
     history = list(range(1024))
     home = router.route("first", chain_hashes(history, BLOCK), len(history)).prefill
-    router.release("first")
+    end(router, "first")
     router.set_members([str(home)], ["d0"])
     busy = list(range(20_000, 20_900))
     router.route("busy", chain_hashes(busy, BLOCK), len(busy))
-    router.set_members([f"p{i}" for i in range(4)], ["d0"])
+    stayed = []
     for turn in range(8):
+        router.set_members(prefill, [decode_workers(turn)])
         history += range(30_000 + 16 * turn, 30_016 + 16 * turn)
-        assert router.route("turn", chain_hashes(history, BLOCK), len(history)).prefill == home
+        stayed.append(router.route("turn", chain_hashes(history, BLOCK), len(history))[0] == home)
         router.release("turn")
+    return stayed
+
+
+def test_a_long_conversation_waits_for_its_worker_rather_than_begin_anew() -> None:
+    """Crowded or not: it is alone with its prefix, and to compute it again costs more."""
+    assert behind_a_busy_home(lambda turn: f"d{turn + 1}") == [True] * 8
+
+
+def test_it_does_not_wait_where_its_decode_worker_can_send_the_prefix_elsewhere() -> None:
+    assert not any(behind_a_busy_home(lambda turn: "d0"))
 
 
 def test_the_same_prompts_lead_to_the_same_decisions() -> None:
@@ -147,7 +166,8 @@ def test_memory_of_charges_is_bounded() -> None:
             np.arange(2),
             np.array([400.0, 0.0]),
             np.array([1024.0, 0.0]),
-            lambda cached: 16.0,
+            np.zeros(2),
+            lambda index: 16.0,
             lambda index, number=number: number.to_bytes(8, "big"),
         )
         assert policy.choose(crowded) == 0

@@ -21,6 +21,7 @@ events = st.builds(
     host_stored=keys,
     host_evicted=keys,
     host_value=st.floats(0, 1),
+    prompt_token_seconds=st.floats(0, 1),
 )
 
 

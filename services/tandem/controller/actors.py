@@ -21,6 +21,7 @@ from tandem.controller.platform import StartFailure
 from tandem.controller.roster import Endpoint, Role
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError, ModelLoadError, TandemError
+from tandem.worker.garbage import spare_what_is_here
 
 if TYPE_CHECKING:
     from tandem.worker.ranks import RankAddress
@@ -117,6 +118,7 @@ class WorkerActor:
             log.exception("worker failed to start", worker=self._name)
             return StartFailure(f"{type(error).__name__}: {error}", fatal=False)
         self._worker = worker
+        spare_what_is_here()
         return Endpoint(
             address=endpoint.address,
             metrics_address=endpoint.metrics_address,

@@ -22,3 +22,5 @@ class PrefixEvents:
     host_evicted: tuple[bytes, ...] = ()
     host_value: float = 0.0
     """Share of the time to compute a block that is saved by copying it back from host memory."""
+    prompt_token_seconds: float = 0.0
+    """What computing one takes the worker now, by its own measurements; 0: it does not know yet."""

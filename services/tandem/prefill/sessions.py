@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Protocol
 
 import grpc
@@ -13,6 +14,7 @@ import structlog
 
 from tandem.core.errors import TandemError
 from tandem.kvcache.prefix_journal import JournalReader
+from tandem.router.lending import prompt_token_seconds
 from tandem.transfer import check_kv_spec
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire.prefixes import prefix_events_to_proto
@@ -210,4 +212,7 @@ def _next_events(
     """Engine thread."""
     host_value = runtime.scheduler.preemption.host_value
     events = reader.read(host_value, even_if_empty=even_if_empty)
-    return None if events is None else prefix_events_to_proto(events)
+    if events is None:
+        return None
+    seconds = prompt_token_seconds(runtime.scheduler)
+    return prefix_events_to_proto(replace(events, prompt_token_seconds=seconds))

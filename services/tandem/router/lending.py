@@ -97,6 +97,15 @@ def prefill_seconds(load: WorkerLoad, prompts: PromptWork) -> float:
     return _Line(load).seconds(prompts)
 
 
+def prompt_token_seconds(scheduler: Scheduler) -> float:
+    """Return what a prompt token takes the worker whose scheduler this is, in full iterations and
+    beside the sequences that decode there; 0 as long as it has not measured enough to know."""
+    if not scheduler.costs.trusted:
+        return 0.0
+    budget = scheduler.config.max_batch_tokens
+    return prefill_seconds(load_of(scheduler, NO_PROMPTS), PromptWork(budget)) / budget
+
+
 class _Line:
     """The prompts of one place in the order of service, and when each would end."""
 

@@ -33,11 +33,14 @@ class Candidates(NamedTuple):
     positions: Integers
     """Where the candidates stand among them, rising."""
     loads: Floats
-    """In tokens."""
+    """In tokens; of slower workers more, see `pool`."""
     cached_tokens: Floats
     """Those in host memory counted by what they save."""
-    weight: Callable[[float], float]
-    """What the request would add to the load of a worker that has so many tokens cached."""
+    fetched_tokens: Floats
+    """Those that a worker need not compute even if it has none of them, as it fetches their KV from
+    the decode worker; counted by what that saves."""
+    weight: Callable[[int], float]
+    """What the request would add to the load of a candidate."""
     prefix: Callable[[int], bytes]
     """A name for what a candidate with cached tokens has of the prompt."""
 
@@ -91,6 +94,10 @@ class PrefixAware:
     where its cache does not count, which makes a copy, and the charges begin anew: as in renting
     skis until the rent has come to the price, queueing never costs more than the copies do.
     A conversation that only one request at a time goes on with is a new prefix in each turn.
+
+    A copy costs what has to be computed for it: little where the decode worker has the KV, which
+    the worker that gets the copy fetches. It takes room in one more cache all the same, so a worker
+    that has the prefix goes first until it is crowded.
     """
 
     def __init__(self, rng: Random, weight: float, max_bonus_tokens: int) -> None:
@@ -106,14 +113,16 @@ class PrefixAware:
         index = _lowest(loads - bonus, self._rng)
         if not bonus[index]:
             return index
-        one = candidates.weight(candidates.cached_tokens[index])
+        one = candidates.weight(index)
         most = (1.0 + SLACK) * float(loads.sum()) / len(loads) + one
         if loads[index] <= most:
             return index
-        excess = float(loads[index] - loads.min())
-        if not self._is_paid(candidates.prefix(index), excess, float(bonus[index])):
+        fetched = self._weight * np.minimum(candidates.fetched_tokens, self._max_bonus_tokens)
+        excess, price = float(loads[index] - loads.min()), float(bonus[index] - fetched[index])
+        if not self._is_paid(candidates.prefix(index), excess, price):
             return index
-        return _lowest(loads - np.where(loads > most, 0.0, bonus), self._rng)
+        saved = np.where(loads > most, fetched, np.maximum(bonus, fetched))
+        return _lowest(loads - saved, self._rng)
 
     def _is_paid(self, prefix: bytes, excess: float, price: float) -> bool:
         """Charge a prefix; return whether that pays for a copy."""

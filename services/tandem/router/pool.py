@@ -3,6 +3,11 @@
 Load is in tokens. What this router dispatched is counted at once and exactly; what other routers
 dispatched is known only from the workers' reports, which are always a little old.
 
+Workers that need longer for a prompt token have more of a load: both their tokens in flight and
+the request's own count by what they take there, measured by the worker itself, over the mean of
+the pool. A quarter more or less counts as equal: else the one that has measured a little less would
+be everybody's first choice.
+
 A decision looks at every worker, as columns of numbers: the loads move together with every dispatch
 (`_loads`), so there is no order to keep, and a thousand workers take some microseconds. A column
 and its sum change with the worker that they are about; what a decision need not compute, it skips.
@@ -15,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from math import log
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +29,11 @@ import numpy as np
 from tandem.core.prefix_events import PrefixEvents
 from tandem.router.policies import Candidates, Floats, Integers, Policy
 from tandem.router.prefix_view import PrefixView
+
+EQUAL = 0.25
+"""Workers whose paces differ by about this share at most count as equally fast."""
+PACE_CHANGE = 0.05
+"""A pace that has changed by less is not news: each is looked at by a pass over all workers."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +54,8 @@ class WorkerView:
     """Requests of other routers, as of the last report."""
     running: int = 0
     waiting: int = 0
+    prompt_token_seconds: float = 0.0
+    """As it has reported; 0: not known."""
 
 
 Weight = Callable[[int, float], float]
@@ -55,6 +68,8 @@ class Placement(NamedTuple):
 
     worker: WorkerView
     tokens: int
+    cached_tokens: float
+    """Of the prompt, on that worker; those in host memory counted by what they save."""
 
 
 class WorkerPool:
@@ -104,8 +119,12 @@ class WorkerPool:
         self._note(worker)
 
     def observe_prefixes(self, worker: WorkerView, events: PrefixEvents) -> None:
-        """Take a worker's word on what it can find by prefix."""
+        """Take a worker's word on what it can find by prefix, and on its pace."""
         self._prefixes.reported(worker.number, events)
+        before, now = worker.prompt_token_seconds, events.prompt_token_seconds
+        if now and abs(now - before) > PACE_CHANGE * before:
+            worker.prompt_token_seconds = now
+            self._paces = _paces([view.prompt_token_seconds for view in self._views])
 
     def choose(
         self,
@@ -113,50 +132,69 @@ class WorkerPool:
         num_tokens: int,
         exclude: Collection[str] = (),
         max_requests: float = float("inf"),
+        fetched_tokens: float = 0.0,
     ) -> Placement | None:
         """Return the place that the policy takes among workers that are not excluded and have fewer
-        than `max_requests` requests of this router; None if there is none."""
+        than `max_requests` requests of this router; None if there is none.
+
+        `fetched_tokens`: see `Candidates`.
+        """
         may_take = self._requests < max_requests
         for name in exclude:
             if name in self._workers:
                 may_take[self._workers[name].position] = False
         positions, loads, cached = self._positions, self._loads(num_tokens), self._nothing
+        fetched = self._nothing + fetched_tokens
         if hashes:
             depths = self._prefixes.depths(hashes, self._num_numbers)
             cached = depths[self._numbers] * self._block_size
         if not may_take.all():
             positions = np.flatnonzero(may_take)
-            loads, cached = loads[positions], cached[positions]
+            loads, cached, fetched = loads[positions], cached[positions], fetched[positions]
         if not len(positions):
             return None
-        weight = partial(self._weight, num_tokens)
+
+        def weight(index: int) -> float:
+            return self._weight(num_tokens, max(float(cached[index]), fetched_tokens))
 
         def prefix(index: int) -> bytes:
             return hashes[max(int(cached[index]) // self._block_size, 1) - 1]
 
-        index = self._policy.choose(
-            Candidates(self._names, positions, loads, cached, weight, prefix)
-        )
-        return Placement(self._views[int(positions[index])], int(weight(cached[index])))
+        candidates = Candidates(self._names, positions, loads, cached, fetched, weight, prefix)
+        if self._paces is not None:
+            candidates = _paced(candidates, self._paces[positions], num_tokens)
+        index = self._policy.choose(candidates)
+        view = self._views[int(positions[index])]
+        return Placement(view, int(weight(index)), float(cached[index]))
 
-    def dispatch(self, placement: Placement, hashes: Sequence[bytes]) -> None:
+    def dispatch(self, placement: Placement) -> None:
         """Count a request on a worker, now, before anything is sent."""
-        worker, tokens = placement
+        worker, tokens, _ = placement
         worker.requests += 1
         worker.tokens += tokens
         worker.unreported_tokens += tokens
         self._note(worker)
-        self._prefixes.dispatched(worker.number, hashes)
         self._dispatched_requests += 1
         self._dispatched_tokens += tokens
 
     def take_back(self, placement: Placement) -> None:
         """End the load of a dispatch."""
-        worker, tokens = placement
+        worker, tokens, _ = placement
         worker.requests -= 1
         worker.tokens -= tokens
         worker.unreported_tokens = min(worker.unreported_tokens, worker.tokens)
         self._note(worker)
+
+    def expect(self, placement: Placement, hashes: Sequence[bytes]) -> None:
+        """Believe that a worker has, or is about to have, these blocks in its cache."""
+        if placement.worker.is_member:
+            self._prefixes.expected(placement.worker.number, hashes)
+
+    def expect_no_more(self, placement: Placement, hashes: Sequence[bytes]) -> None:
+        """Take `expect` back, but for what the worker had when it was chosen."""
+        if placement.worker.is_member:
+            before = int(placement.cached_tokens) // self._block_size
+            self._prefixes.unexpected(placement.worker.number, hashes[before:])
 
     def _loads(self, num_tokens: int) -> Floats:
         """Estimate the tokens in flight on each worker when a request of `num_tokens` is placed.
@@ -181,6 +219,7 @@ class WorkerPool:
         self._nothing: Floats = np.zeros(size)
         self._requests, self._tokens, self._unreported, self._others = np.zeros((4, size))
         self._sum_requests = self._sum_others = 0
+        self._paces = _paces([view.prompt_token_seconds for view in self._views])
         for position, view in enumerate(self._views):
             view.position = position
             self._note(view)
@@ -200,3 +239,24 @@ class WorkerPool:
     def _dismiss(self, view: WorkerView) -> None:
         view.is_member = False
         self._prefixes.forget(view.number)
+
+
+def _paces(seconds: Sequence[float]) -> Floats | None:
+    """Return what a token takes each worker over the mean, in powers of 1 + `EQUAL`; who is not
+    known is taken for the mean. None: all are equal."""
+    known = [each for each in seconds if each]
+    if not known:
+        return None
+    mean = fmean(known)
+    steps = [round(log(each / mean) / log(1.0 + EQUAL)) if each else 0 for each in seconds]
+    if len(set(steps)) == 1:
+        return None
+    return np.array([(1.0 + EQUAL) ** step for step in steps])
+
+
+def _paced(candidates: Candidates, paces: Floats, num_tokens: int) -> Candidates:
+    """Weigh loads and caches by what tokens take each candidate, and let the slower ones' loads
+    have what the request itself takes longer there."""
+    loads = paces * candidates.loads + (paces - paces.min()) * num_tokens
+    cached, fetched = candidates.cached_tokens * paces, candidates.fetched_tokens * paces
+    return candidates._replace(loads=loads, cached_tokens=cached, fetched_tokens=fetched)

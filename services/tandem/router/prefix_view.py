@@ -52,11 +52,17 @@ class PrefixView:
         result: Floats = depths + values * further
         return result
 
-    def dispatched(self, worker: int, keys: Sequence[bytes]) -> None:
-        """A worker is about to hold these blocks."""
+    def expected(self, worker: int, keys: Sequence[bytes]) -> None:
+        """A worker holds these blocks, or is about to, by what this router has heard."""
         self._device.record(worker, keys)
         if worker in self._in_host:
             self._both.record(worker, keys)
+
+    def unexpected(self, worker: int, keys: Sequence[bytes]) -> None:
+        """A worker will not hold these blocks on its device after all."""
+        self._device.drop(worker, keys)
+        if worker in self._in_host:
+            self._both.drop(worker, [key for key in keys if key not in self._in_host[worker]])
 
     def reported(self, worker: int, events: PrefixEvents) -> None:
         """A worker says what became of its blocks."""

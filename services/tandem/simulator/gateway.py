@@ -103,7 +103,7 @@ class SimulatedGateway:
         else:
             flight.first_token_at = now
             self.report.ttfts.append(now - flight.arrival)
-            self._router.first_token(flight.request.request_id)
+            self._router.first_token(flight.request.request_id, is_local=flight.leg is None)
             self.stage(flight, "gateway", "client_first", now)
         flight.last_token_at = now
 

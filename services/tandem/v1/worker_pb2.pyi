@@ -284,6 +284,7 @@ class PrefixEvents(_message.Message):
     HOST_STORED_FIELD_NUMBER: _builtins.int
     HOST_EVICTED_FIELD_NUMBER: _builtins.int
     HOST_VALUE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """consecutive; after a gap all is ignored until a reset"""
     reset: _builtins.bool
@@ -294,6 +295,8 @@ class PrefixEvents(_message.Message):
     host_evicted: _builtins.bytes
     host_value: _builtins.float
     """share of computing that a copy from host memory saves"""
+    prompt_token_seconds: _builtins.float
+    """what one takes there now, as measured; 0: not known"""
     def __init__(
         self,
         *,
@@ -304,10 +307,11 @@ class PrefixEvents(_message.Message):
         host_stored: _builtins.bytes = ...,
         host_evicted: _builtins.bytes = ...,
         host_value: _builtins.float = ...,
+        prompt_token_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted", "host_evicted", b"host_evicted", "host_stored", b"host_stored", "host_value", b"host_value", "number", b"number", "reset", b"reset", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted", "host_evicted", b"host_evicted", "host_stored", b"host_stored", "host_value", b"host_value", "number", b"number", "prompt_token_seconds", b"prompt_token_seconds", "reset", b"reset", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ def prefix_events_to_proto(events: PrefixEvents) -> worker_pb2.PrefixEvents:
         host_stored=b"".join(events.host_stored),
         host_evicted=b"".join(events.host_evicted),
         host_value=events.host_value,
+        prompt_token_seconds=events.prompt_token_seconds,
     )
 
 
@@ -30,6 +31,7 @@ def prefix_events_from_proto(message: worker_pb2.PrefixEvents) -> PrefixEvents:
         _keys(message.host_stored),
         _keys(message.host_evicted),
         message.host_value,
+        message.prompt_token_seconds,
     )
 
 

@@ -31,6 +31,7 @@ from tandem.scheduler import PoolRole
 from tandem.v1 import ranks_pb2
 from tandem.worker.channel import Channel, ChannelClosedError
 from tandem.worker.follower_links import FollowerLinks
+from tandem.worker.garbage import spare_what_is_here
 from tandem.worker.ranks import JOIN_SECONDS, RankAddress, end_process
 from tandem.worker.shares import default_threads, neighbours_of
 from tandem.worker.written import WrittenLayers
@@ -128,6 +129,7 @@ class FollowerRank:
         threading.Thread(
             target=self._read, args=(channel, links), name=f"{self._name}-read", daemon=True
         ).start()
+        spare_what_is_here()
         channel.send(ranks_pb2.RankReport(loaded=ranks_pb2.RankLoaded()))
         log.info("rank ready", rank=self._name, device=self._device, pid=os.getpid())
         while (command := self._steps.get()) is not None:

@@ -6,8 +6,9 @@ import asyncio
 import random
 
 import pytest
+from structlog.testing import capture_logs
 
-from tandem.gateway.dispatch.connection import Backoff
+from tandem.gateway.dispatch.connection import Backoff, Reconnection
 from tandem.gateway.dispatch.suspects import Suspects
 from tandem.gateway.dispatch.view import Member, membership_from_proto
 from tandem.gateway.dispatch.watchdog import Watchdog
@@ -112,6 +113,50 @@ def test_backoff_grows_to_its_bound_and_starts_again() -> None:
     assert len(set(delays)) == 10
     backoff.reset()
     assert backoff.next() <= 0.1
+
+
+async def test_a_connection_is_tried_for_ever_and_only_changes_are_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lost, and why; another reason; back; quiet for a while, which is nothing wrong; lost."""
+    outcomes = iter(["refused", "refused", ValueError("odd"), "up", "", "up", "gone", "gone"])
+    delays: list[float] = []
+    all_tried = asyncio.Event()
+    connection = Reconnection(random.Random(1), "prefix cache", worker="p-0")
+
+    async def connect() -> str:
+        outcome = next(outcomes, None)
+        if outcome is None:
+            all_tried.set()
+            return await asyncio.Future()
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome == "up":
+            connection.up(incarnation=7)
+            return ""
+        return outcome
+
+    async def sleep(seconds: float) -> None:
+        delays.append(seconds)
+
+    monkeypatch.setattr("tandem.gateway.dispatch.connection.asyncio.sleep", sleep)
+    with capture_logs() as logs:
+        task = asyncio.create_task(connection.keep(connect))
+        await all_tried.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    names = {"connection": "prefix cache", "worker": "p-0"}
+    told = [line for line in logs if line["log_level"] != "error"]
+    assert all(line.items() >= names.items() for line in logs)
+    assert [(line["event"], line.get("detail")) for line in told] == [
+        ("connection lost", "refused"),
+        ("connection lost", "ValueError: odd"),
+        ("connected", None),
+        ("connection lost", "gone"),
+    ]
+    assert len(logs) == len(told) + 1, "the traceback of what was not expected"
+    assert delays[2] > 0.2, "tries do not become rarer"
+    assert delays[3] <= 0.1, "an answer does not shorten the next delay"
 
 
 def test_suspicion_fades_and_is_void_for_another_incarnation() -> None:

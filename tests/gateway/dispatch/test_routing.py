@@ -36,6 +36,7 @@ async def place(prefix_cache: bool) -> list[str]:
         request = Request(f"r{number}", tuple(range(1600)), 1600, SamplingParams(max_tokens=1))
         flight = Flight(request, request.request_id, 4096, cast("Any", None))
         taken.append(cast("str", routing.assign(flight, avoid_strictly=False).stream))
+        routing.first_token(flight, is_local=False)
     return taken
 
 

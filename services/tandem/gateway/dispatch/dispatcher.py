@@ -112,8 +112,6 @@ class Dispatcher:
 
     def stream_ready(self, stream: DecodeStream) -> None:
         """A worker takes requests (again)."""
-        member = stream.member
-        log.info("decode stream ready", worker=member.name, incarnation=member.incarnation)
         self._routing.refresh()
         self._traffic.capacity_changed()
         self.changes.notify()
@@ -140,10 +138,6 @@ class Dispatcher:
 
     def stream_closed(self, stream: DecodeStream, cause: LossCause, detail: str) -> None:
         """Move what the worker had."""
-        if stream.was_ready:
-            log.warning(
-                "decode stream closed", worker=stream.member.name, cause=cause, detail=detail
-            )
         self._routing.refresh()
         self._traffic.lost(stream, cause, detail)
         self.changes.notify()
@@ -165,6 +159,5 @@ class Dispatcher:
         self._routing.set_membership(membership)
         self._pool.update(membership.decode)
         self._routing.refresh()
-        caching = membership.model is not None and membership.model.prefix_cache
-        self._followers.update(membership.prefill if caching else {})
+        self._followers.update(membership.prefill)
         self.changes.notify()

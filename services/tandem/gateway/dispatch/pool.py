@@ -11,7 +11,7 @@ import asyncio
 import random
 from collections.abc import Mapping
 
-from tandem.gateway.dispatch.connection import Backoff
+from tandem.gateway.dispatch.connection import Reconnection
 from tandem.gateway.dispatch.stream import DecodeStream, StreamEvents, StreamTimeouts
 from tandem.gateway.dispatch.view import Member
 
@@ -72,17 +72,17 @@ class DecodePool:
             )
 
     async def _keep_connected(self, name: str) -> None:
-        backoff = Backoff(self._rng)
+        connection = Reconnection(self._rng, "decode stream", worker=name)
         changed = self._changed[name]
         try:
             while (member := self._members.get(name)) is not None:
                 changed.clear()
-                stream = DecodeStream(member, self._gateway_id, self._timeouts, self._events)
+                stream = DecodeStream(
+                    member, self._gateway_id, self._timeouts, self._events, connection
+                )
                 self._streams[name] = stream
                 await stream.run()
-                if stream.was_ready:
-                    backoff.reset()
-                await _wait(changed, backoff.next())
+                await _wait(changed, connection.next_delay())
         finally:
             del self._tasks[name], self._changed[name]
             self._streams.pop(name, None)

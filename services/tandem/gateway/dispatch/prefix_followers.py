@@ -10,17 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping
-
-import grpc
-import structlog
+from functools import partial
 
 from tandem.core.prefix_events import PrefixEvents
-from tandem.gateway.dispatch.connection import Backoff, open_channel
+from tandem.gateway.dispatch.connection import Reconnection, open_channel
 from tandem.gateway.dispatch.view import Member
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire.prefixes import prefix_events_from_proto
-
-log = structlog.get_logger(__name__)
 
 
 class PrefixFollowers:
@@ -59,21 +55,10 @@ class PrefixFollowers:
 
     async def _follow(self, member: Member) -> None:
         """Subscribe again and again until cancelled."""
-        backoff, told = Backoff(self._rng), ""
-        while True:
-            try:
-                cause = await self._subscribe(member, backoff)
-            except grpc.aio.AioRpcError as error:
-                cause = f"{error.code().name}: {error.details()}"
-            except Exception as error:  # a bug in taking one message must not end the following
-                log.exception("prefix events refused", worker=member.name)
-                cause = f"{type(error).__name__}: {error}"
-            if cause != told:  # not with every try
-                log.info("prefix cache not followed", worker=member.name, detail=cause)
-            told = cause
-            await asyncio.sleep(backoff.next())
+        connection = Reconnection(self._rng, "prefix cache", worker=member.name)
+        await connection.keep(partial(self._subscribe, member, connection))
 
-    async def _subscribe(self, member: Member, backoff: Backoff) -> str:
+    async def _subscribe(self, member: Member, connection: Reconnection) -> str:
         """Hand on events until the stream ends or has a gap; return why it is over."""
         request = worker_pb2.FollowPrefixesRequest(
             gateway_id=self._gateway_id, expected_incarnation=member.incarnation
@@ -85,6 +70,6 @@ class PrefixFollowers:
                 if events.number != last + 1 or (not last and not events.reset):
                     return f"message {events.number} came after {last}"
                 last = events.number
-                backoff.reset()
+                connection.up(incarnation=member.incarnation)
                 self._on_events(member, events)
         return "the worker ended the stream"

@@ -134,10 +134,10 @@ class Routing:
         name = self._router.reassign_prefill(flight.wire_id, exclude=self._suspects.current(_now()))
         return None if name is None else self.membership.prefill[name]
 
-    def first_token(self, flight: Flight) -> None:
-        """The prefill of the current attempt is done."""
+    def first_token(self, flight: Flight, *, is_local: bool) -> None:
+        """The prefill of the current attempt is done; `is_local`: by its decode worker."""
         if self._router is not None:
-            self._router.first_token(flight.wire_id)
+            self._router.first_token(flight.wire_id, is_local=is_local)
 
     def release(self, flight: Flight) -> None:
         """The current attempt is over."""

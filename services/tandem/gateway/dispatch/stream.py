@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import grpc
 import structlog
 
-from tandem.gateway.dispatch.connection import open_channel
+from tandem.gateway.dispatch.connection import Reconnection, describe, open_channel
 from tandem.gateway.dispatch.view import Member
 from tandem.gateway.dispatch.watchdog import Watchdog
 from tandem.v1 import worker_pb2, worker_pb2_grpc
@@ -58,11 +58,17 @@ class DecodeStream:
     """
 
     def __init__(
-        self, member: Member, gateway_id: str, timeouts: StreamTimeouts, events: StreamEvents
+        self,
+        member: Member,
+        gateway_id: str,
+        timeouts: StreamTimeouts,
+        events: StreamEvents,
+        connection: Reconnection,
     ) -> None:
+        """`connection`: to this worker, of which streams before this one were a part."""
         self.member = member
         self.ready = False
-        self.was_ready = False
+        self._connection = connection
         self._gateway_id = gateway_id
         self._events = events
         self._outbox: asyncio.Queue[worker_pb2.GatewayMessage | None] = asyncio.Queue()
@@ -90,7 +96,7 @@ class DecodeStream:
                         break
                     self._receive(message)
         except grpc.aio.AioRpcError as error:
-            cause = f"{error.code().name}: {error.details()}"
+            cause = describe(error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self._closed or (task is not None and task.cancelling()):
@@ -143,6 +149,7 @@ class DecodeStream:
         self._outbox.put_nowait(None)
         if self._call is not None:
             self._call.cancel()
+        self._connection.down(detail)
         self._events.stream_closed(self, cause, detail)
 
     def _receive(self, message: worker_pb2.DecodeMessage) -> None:
@@ -164,7 +171,8 @@ class DecodeStream:
         if name != self.member.name:  # a port that another worker has taken over
             self.close("decode_lost", f"answered as {name}")
             return
-        self.ready = self.was_ready = True
+        self.ready = True
+        self._connection.up(incarnation=self.member.incarnation)
         self._events.stream_ready(self)
 
     def _note_progress(self, kind: str | None, message: worker_pb2.DecodeMessage) -> None:

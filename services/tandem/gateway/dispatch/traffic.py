@@ -185,7 +185,7 @@ class Traffic:
             self._abandon_attempt(flight, "output_gap", TandemError(detail))
         else:
             if flight.starts():
-                self._routing.first_token(flight)
+                self._routing.first_token(flight, is_local=not output.first.prefill_worker)
             if output.finish_reason:
                 self._end(flight)
 

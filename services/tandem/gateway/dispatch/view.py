@@ -11,14 +11,9 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import grpc
-import structlog
-
-from tandem.gateway.dispatch.connection import Backoff, open_channel
+from tandem.gateway.dispatch.connection import Reconnection, open_channel
 from tandem.gateway.interfaces import ModelInfo
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
-
-log = structlog.get_logger(__name__)
 
 REFRESH_SECONDS = 30.0
 """A watch that was quiet for this long is opened anew: the peer may be gone without a trace."""
@@ -80,24 +75,16 @@ class ClusterView:
         self._address = address
         self._gateway_id = gateway_id
         self._on_change = on_change
-        self._backoff = Backoff(rng)
-        self._connected: bool | None = None
+        self._connection = Reconnection(rng, "cluster watch", controller=address)
         self._tracing_port = 0
 
     async def run(self, tracing_port: int = 0) -> None:
         """Watch until cancelled. The controller learns where this gateway serves `Tracing`."""
         self._tracing_port = tracing_port
-        while True:
-            try:
-                await self._watch()
-            except grpc.aio.AioRpcError as error:
-                self._lost(f"{error.code().name}: {error.details()}")
-            except Exception as error:  # a bug in taking one message must not end the watch
-                log.exception("cluster watch failed", controller=self._address)
-                self._lost(f"{type(error).__name__}: {error}")
-            await asyncio.sleep(self._backoff.next())
+        await self._connection.keep(self._watch)
 
-    async def _watch(self) -> None:
+    async def _watch(self) -> str:
+        """Hand on members until the watch ends; return why, if not because it was quiet."""
         async with open_channel(self._address) as channel:
             stub = cluster_pb2_grpc.ClusterStub(channel)
             call = stub.Watch(
@@ -110,22 +97,10 @@ class ClusterView:
                 try:
                     message = await asyncio.wait_for(call.read(), REFRESH_SECONDS)
                 except TimeoutError:
-                    return
+                    return ""
                 if not isinstance(message, cluster_pb2.Membership):
-                    self._lost("the controller ended the watch")
-                    return
+                    return "the controller ended the watch"
                 if message.version >= version:  # a restarted controller counts anew, a stream never
                     version = message.version
-                    self._publish(message)
-
-    def _publish(self, message: cluster_pb2.Membership) -> None:
-        self._backoff.reset()
-        if not self._connected:
-            log.info("cluster watched", controller=self._address, version=message.version)
-        self._connected = True
-        self._on_change(membership_from_proto(message))
-
-    def _lost(self, detail: str) -> None:
-        if self._connected is not False:
-            log.warning("cluster watch lost", controller=self._address, detail=detail)
-        self._connected = False
+                    self._connection.up(version=version)
+                    self._on_change(membership_from_proto(message))
