@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence as Rows
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -56,17 +55,6 @@ class RandomWeights:
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self._generator = torch.Generator(device).manual_seed(seed)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing to close."""
 
     def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
         mean = 1.0 if "norm" in name else 0.0

@@ -19,8 +19,8 @@ from tandem.core.errors import ModelLoadError
 from tandem.engine import packed_identity
 from tandem.engine.engine import Engine
 from tandem.engine.models.compiled import CompiledModel
-from tandem.engine.packed_cache import Build, PackedCache, in_parallel
-from tandem.engine.packed_format import Parts
+from tandem.engine.packed_cache import PackedCache, in_parallel
+from tandem.engine.packed_format import Build, Parts
 from tandem_kernels import runs_compiled_decoder
 
 needs_packing = pytest.mark.skipif(

@@ -157,7 +157,7 @@ def test_least_recently_used_chain_goes_first_and_deeper_blocks_before_their_par
     held += pool.allocate(2, "b")
     assert len(pool.match_prefix(new)) == 0
     assert len(pool.match_prefix(old)) == 2
-    assert pool.num_evictions == 4
+    assert pool.prefixes.num_evictions == 4
     pool.check_integrity()
 
 
@@ -166,7 +166,7 @@ def test_free_blocks_are_taken_before_cached_ones() -> None:
     hashes = cached_chain(pool, [1, 2])
     pool.allocate(2, "a")
     assert len(pool.match_prefix(hashes)) == 2
-    assert pool.num_evictions == 0
+    assert pool.prefixes.num_evictions == 0
 
 
 def test_a_suffix_held_longer_by_a_transfer_is_still_evicted_before_its_parent() -> None:
@@ -195,7 +195,7 @@ def test_integrity_check_names_every_violation() -> None:
     cached_chain(pool, [1, 2])
     (held,) = pool.allocate(1, "a")
     pool._free.append(held)
-    pool._block_of.popitem()
+    pool.prefixes._block_of.popitem()
     with pytest.raises(IntegrityError) as caught:
         pool.check_integrity()
     assert f"block {held}" in caught.value.message

@@ -43,32 +43,15 @@ def chunk_attention(
     sequences, offsets, size = tiles
     block_dim = max(16, triton.next_power_of_2(head_dim))
     _chunk_kernel[(heads, len(sequences))](
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        sequences,
-        offsets,
-        query_starts,
-        query_lens,
-        context_lens,
-        output,
-        scale * _LOG2_E,
-        block_tables.stride(0),
-        query.stride(0),
-        query.stride(1),
-        BLOCK_SIZE=block_size,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        ROWS=size,
-        TILE=_keys_per_tile(block_dim, query),
+        query, key_cache, value_cache, block_tables, sequences, offsets,
+        query_starts, query_lens, context_lens, output,
+        scale * _LOG2_E, block_tables.stride(0), query.stride(0), query.stride(1),
+        BLOCK_SIZE=block_size, HEADS=heads, KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim, BLOCK_DIM=block_dim, ROWS=size, TILE=_keys_per_tile(block_dim, query),
         WINDOW=window or 0,
         WIDEN=interpreted(query.device) and query.dtype == torch.bfloat16,
-        num_warps=8 if size >= 128 else 4,
-        num_stages=2,
-    )
+        num_warps=8 if size >= 128 else 4, num_stages=2,
+    )  # fmt: skip
 
 
 def _keys_per_tile(block_dim: int, query: Tensor) -> int:
@@ -80,30 +63,12 @@ def _keys_per_tile(block_dim: int, query: Tensor) -> int:
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _chunk_kernel(
-    query,
-    key_cache,
-    value_cache,
-    block_tables,
-    tile_sequences,
-    tile_offsets,
-    query_starts,
-    query_lens,
-    context_lens,
-    output,
-    scale,
-    table_stride,
-    query_row,
-    query_head,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    query, key_cache, value_cache, block_tables, tile_sequences, tile_offsets,
+    query_starts, query_lens, context_lens, output, scale, table_stride, query_row, query_head,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0)
     kv_head = head // (HEADS // KV_HEADS)
     sequence = tl.load(tile_sequences + tl.program_id(1))
@@ -150,27 +115,13 @@ def _chunk_kernel(
 
 @triton.jit
 def _see_tile(
-    q,
-    seen,
-    best,
-    weight,
-    tile,
-    table,
-    key_cache,
-    value_cache,
-    kv_head,
-    position,
-    context,
-    scale,
-    BLOCK_SIZE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WIDEN: tl.constexpr,
+    q, seen, best, weight, tile, table, key_cache, value_cache, kv_head, position,
+    context, scale,
+    BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
+    """One step of the running softmax."""
     key_position = tile * TILE + tl.arange(0, TILE)
     columns = tl.arange(0, BLOCK_DIM)
     inside = columns < HEAD_DIM

@@ -55,47 +55,22 @@ def decode_attention(
         log_sums = torch.empty(shape, dtype=torch.float32, device=query.device)
     block_dim = max(16, triton.next_power_of_2(head_dim))
     _decode_kernel[(kv_heads, rows, splits)](
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        sequences,
-        query_starts,
-        context_lens,
-        output,
-        partial,
-        log_sums,
-        scale * _LOG2_E,
-        block_tables.stride(0),
-        query.stride(0),
-        query.stride(1),
-        splits,
-        BLOCK_SIZE=block_size,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        TILE=_tile(block_dim, query),
+        query, key_cache, value_cache, block_tables, sequences, query_starts, context_lens,
+        output, partial, log_sums,
+        scale * _LOG2_E, block_tables.stride(0), query.stride(0), query.stride(1), splits,
+        BLOCK_SIZE=block_size, KV_HEADS=kv_heads,
+        GROUP=group, BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim, BLOCK_DIM=block_dim, TILE=_tile(block_dim, query),
         WINDOW=window or 0,
         WIDEN=interpreted(query.device) and query.dtype == torch.bfloat16,
         DIRECT=splits == 1,
-        num_warps=4,
-        num_stages=3,
-    )
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
     if splits > 1:
         _combine_kernel[(rows, heads)](
-            partial,
-            log_sums,
-            sequences,
-            query_starts,
-            output,
-            splits,
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=block_dim,
-            num_warps=1,
-        )
+            partial, log_sums, sequences, query_starts, output, splits,
+            HEADS=heads, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, num_warps=1,
+        )  # fmt: skip
 
 
 def _tile(block_dim: int, query: Tensor) -> int:
@@ -107,32 +82,13 @@ def _tile(block_dim: int, query: Tensor) -> int:
 
 @triton.jit(do_not_specialize=["table_stride", "splits"])
 def _decode_kernel(
-    query,
-    key_cache,
-    value_cache,
-    block_tables,
-    sequences,
-    query_starts,
-    context_lens,
-    output,
-    partial,
-    log_sums,
-    scale,
-    table_stride,
-    query_row,
-    query_head,
-    splits,
-    BLOCK_SIZE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WIDEN: tl.constexpr,
-    DIRECT: tl.constexpr,
-):
+    query, key_cache, value_cache, block_tables, sequences, query_starts, context_lens,
+    output, partial, log_sums, scale, table_stride, query_row, query_head, splits,
+    BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, WIDEN: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
     kv_head = tl.program_id(0)
     index = tl.program_id(1)
     split = tl.program_id(2)
@@ -140,15 +96,7 @@ def _decode_kernel(
     row = tl.load(query_starts + sequence).to(tl.int64)
     context = tl.load(context_lens + sequence)
     table = block_tables + sequence.to(tl.int64) * table_stride
-
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(context - WINDOW, 0)
-    first_tile = first // TILE
-    end_tile = tl.cdiv(context, TILE)
-    share = tl.cdiv(end_tile - first_tile, splits)
-    first_tile += split * share
-    end_tile = tl.minimum(first_tile + share, end_tile)
+    first, first_tile, end_tile = _part(context, split, splits, TILE, WINDOW)
 
     member = tl.arange(0, BLOCK_GROUP)
     columns = tl.arange(0, BLOCK_DIM)
@@ -162,32 +110,10 @@ def _decode_kernel(
     weight = tl.zeros([BLOCK_GROUP], tl.float32)
     seen = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
     for tile in range(first_tile, end_tile):
-        position = tile * TILE + tl.arange(0, TILE)
-        visible = (position >= first) & (position < context)
-        block = tl.load(table + position // BLOCK_SIZE, mask=visible, other=0)
-        line = (block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head
-        k = tl.load(
-            key_cache + line[None, :] * HEAD_DIM + columns[:, None],
-            mask=visible[None, :] & (columns < HEAD_DIM)[:, None],
-            other=0.0,
-        )
-        if WIDEN:  # the interpreter cannot multiply bfloat16
-            k = k.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        highest = tl.maximum(best, tl.max(scores, 1))
-        kept = tl.exp2(best - highest)
-        p = tl.exp2(scores - highest[:, None])
-        v = tl.load(
-            value_cache + line[:, None] * HEAD_DIM + columns[None, :],
-            mask=visible[:, None] & (columns < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            v = v.to(tl.float32)
-        weight = weight * kept + tl.sum(p, 1)
-        seen = seen * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        best = highest
+        seen, best, weight = _see_tile(
+            q, seen, best, weight, tile, first, context, table, key_cache, value_cache, kv_head,
+            columns, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, TILE, WIDEN,
+        )  # fmt: skip
 
     seen = seen / tl.where(weight > 0.0, weight, 1.0)[:, None]
     if DIRECT:
@@ -199,18 +125,60 @@ def _decode_kernel(
         tl.store(log_sums + part, best + tl.log2(weight), mask=member < GROUP)
 
 
+@triton.jit
+def _part(context, split, splits, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """The first token that is seen at all, and the tiles of this program's part."""
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(context - WINDOW, 0)
+    first_tile = first // TILE
+    end_tile = tl.cdiv(context, TILE)
+    share = tl.cdiv(end_tile - first_tile, splits)
+    first_tile += split * share
+    return first, first_tile, tl.minimum(first_tile + share, end_tile)
+
+
+@triton.jit
+def _see_tile(
+    q, seen, best, weight, tile, first, context, table, key_cache, value_cache, kv_head,
+    columns, scale,
+    BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax; every tile has a key that is visible."""
+    position = tile * TILE + tl.arange(0, TILE)
+    visible = (position >= first) & (position < context)
+    block = tl.load(table + position // BLOCK_SIZE, mask=visible, other=0)
+    line = (block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head
+    k = tl.load(
+        key_cache + line[None, :] * HEAD_DIM + columns[:, None],
+        mask=visible[None, :] & (columns < HEAD_DIM)[:, None],
+        other=0.0,
+    )
+    if WIDEN:  # the interpreter cannot multiply bfloat16
+        k = k.to(tl.float32)
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    highest = tl.maximum(best, tl.max(scores, 1))
+    kept = tl.exp2(best - highest)
+    p = tl.exp2(scores - highest[:, None])
+    v = tl.load(
+        value_cache + line[:, None] * HEAD_DIM + columns[None, :],
+        mask=visible[:, None] & (columns < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    if WIDEN:
+        v = v.to(tl.float32)
+    weight = weight * kept + tl.sum(p, 1)
+    seen = seen * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return seen, highest, weight
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _combine_kernel(
-    partial,
-    log_sums,
-    sequences,
-    query_starts,
-    output,
-    splits,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
+    partial, log_sums, sequences, query_starts, output, splits,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
     index = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.load(query_starts + tl.load(sequences + index)).to(tl.int64)

@@ -64,53 +64,21 @@ def _launch(
     if not tokens:
         return
     _rotary_kernel[(tokens, triton.cdiv(heads + kv_heads, _HEADS_PER_PROGRAM))](
-        query,
-        key,
-        value,
-        cos.contiguous(),
-        sin.contiguous(),
-        key_cache,
-        value_cache,
-        slots,
-        out,
-        query.stride(0),
-        query.stride(1),
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        HALF=head_dim // 2,
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        BLOCK_HEADS=_HEADS_PER_PROGRAM,
-        num_warps=2,
-    )
+        query, key, value, cos.contiguous(), sin.contiguous(), key_cache, value_cache, slots, out,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        HEADS=heads, KV_HEADS=kv_heads,
+        HALF=head_dim // 2, BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        BLOCK_HEADS=_HEADS_PER_PROGRAM, num_warps=2,
+    )  # fmt: skip
 
 
 @triton.jit
 def _rotary_kernel(
-    query,
-    key,
-    value,
-    cos,
-    sin,
-    key_cache,
-    value_cache,
-    slots,
-    out,
-    query_row,
-    query_head,
-    key_row,
-    key_head,
-    value_row,
-    value_head,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-):
+    query, key, value, cos, sin, key_cache, value_cache, slots, out,
+    query_row, query_head, key_row, key_head, value_row, value_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     columns = tl.arange(0, BLOCK_HALF)[None, :]

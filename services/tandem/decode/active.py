@@ -36,6 +36,7 @@ class Leg:
 
     leg_id: int
     peer: PrefillPeer
+    sequence: Sequence
     num_tokens: int
     """Tokens that the sequence had when the leg began: all of them get KV."""
     phase: LegPhase = "asked"

@@ -1,9 +1,9 @@
 """Prefill elsewhere, seen from the decode worker: legs from the first message to the last byte.
 
-Runs in the engine thread only. Keeps three promises: blocks are reserved late (when the prefill
-worker offers to start), they are never freed under a transfer (the leg's own hold ends with
-`receives_closed` / `sends_closed`), and what has landed is kept when the rest must come from
-elsewhere.
+What they bring is for `arrivals`. Runs in the engine thread only. Keeps three promises: blocks are
+reserved late (when the prefill worker offers to start), they are never freed under a transfer (the
+leg's own hold ends with `receives_closed` / `sends_closed`), and what has landed is kept when the
+rest must come from elsewhere.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import structlog
 
 from tandem.core.request import SampledToken
 from tandem.decode.active import ActiveRequest, Leg
+from tandem.decode.arrivals import Arrivals
 from tandem.decode.peers import PrefillPeer
 from tandem.router.lending import local_prefill_limit
-from tandem.transfer import Piece
 from tandem.v1 import worker_pb2
-from tandem.wire import position_logprobs_from_proto, request_to_prefill
+from tandem.wire import request_to_prefill
 from tandem.worker.landing import LandingProgress
 from tandem.worker.runtime import WorkerRuntime
-from tandem.worker.transfers import LandedPiece, TransferHolds
+from tandem.worker.transfers import LandedPiece, LegTransfers
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +52,8 @@ class Handoff:
         self._owner = owner
         self._peers: dict[str, PrefillPeer] = {}
         self._legs: dict[int, ActiveRequest] = {}
-        self._holds = TransferHolds(runtime.pool)
+        self._transfers = LegTransfers(runtime)
+        self._arrivals = Arrivals(runtime, self, owner.token)
         self._next_leg_id = 1
 
     @property
@@ -79,8 +80,8 @@ class Handoff:
         """Start a leg on `target`. A sequence that holds blocks keeps them and what is in them."""
         peer = self._peer(target)
         sequence = active.sequence
-        idle = not any(other.leg and other.leg.peer is peer for other in self._legs.values())
-        leg = Leg(self._next_leg_id, peer, sequence.num_tokens)
+        idle = not self.legs_on(peer)
+        leg = Leg(self._next_leg_id, peer, sequence, sequence.num_tokens)
         self._next_leg_id += 1
         self._legs[leg.leg_id] = active
         self._runtime.trace.leg(active.request.request_id, leg.leg_id)
@@ -114,7 +115,7 @@ class Handoff:
         leg = active.leg
         if leg is None:
             return
-        self._end(active, leg)
+        self.end(active, leg)
         leg.peer.transfer.cancel_receives(leg.leg_id)
         leg.peer.transfer.cancel_sends(leg.leg_id)
         if leg.was_asked:
@@ -157,7 +158,7 @@ class Handoff:
         for active in list(self._legs.values()):
             leg = active.leg
             if leg and leg.phase in ("granted", "cutting") and now - leg.last_event_at > timeout:
-                self._fail(active, leg, f"no chunk and no KV for {timeout:g} s")
+                self.fail(active, leg, f"no chunk and no KV for {timeout:g} s")
 
     def close(self) -> None:
         """End every stream to a peer."""
@@ -188,16 +189,15 @@ class Handoff:
             case "started":
                 self._started(active, leg, message.started)
             case "chunk":
-                self._chunk(active, leg, message.chunk)
+                self._arrivals.chunk(active, leg, message.chunk)
             case "done":
-                self._done(active, leg, message.done)
+                self._arrivals.first_token(active, leg, message.done)
             case "kept":
-                self._kept_token(active, leg, message.kept)
+                self._arrivals.kept_token(active, leg, message.kept)
             case "cut":
-                leg.cut_at = message.cut.num_tokens
-                self._finish_cut(active, leg)
+                self._arrivals.cut(active, leg, message.cut)
             case "failed":
-                self._fail(active, leg, message.failed.reason)
+                self.fail(active, leg, message.failed.reason)
 
     def peer_lost(self, peer: PrefillPeer, reason: str) -> None:
         """Fail every leg that runs on a peer whose stream is gone."""
@@ -205,48 +205,54 @@ class Handoff:
             del self._peers[peer.name]
         for active in list(self._legs.values()):
             if active.leg is not None and active.leg.peer is peer:
-                self._fail(active, active.leg, reason)
+                self.fail(active, active.leg, reason)
 
     # -- what transfers say
 
     def piece_landed(self, peer: PrefillPeer, piece: LandedPiece) -> None:
         """KV of some tokens in some layers is in its blocks."""
         active = self._legs.get(piece.leg_id)
-        leg = active.leg if active is not None else None
-        if active is None or leg is None or leg.landing is None:
-            return
-        try:
-            leg.landing.add(piece.first_layer, piece.num_layers, piece.start, piece.num_tokens)
-        except ValueError as error:
-            self._fail(active, leg, str(error))
-            return
-        leg.transfer_seconds += piece.seconds
-        leg.kv_bytes += piece.num_bytes
-        self._runtime.metrics.kv_bytes.inc(piece.num_bytes)
-        leg.last_piece_at = leg.last_event_at = time.monotonic()
-        self._note_landed(active, leg)
-        if leg.cut_at is not None:
-            self._finish_cut(active, leg)
-        else:
-            self._complete(active, leg)
+        if active is not None and active.leg is not None:
+            self._arrivals.piece(active, active.leg, piece)
 
     def receives_closed(self, peer: PrefillPeer, leg_id: int) -> None:
         """No scatter touches the leg's blocks any more."""
-        self._holds.release(peer.name, leg_id, "in")
+        self._transfers.closed(peer, leg_id, "in")
 
     def sends_closed(self, peer: PrefillPeer, leg_id: int, error: str | None) -> None:
         """KV that the prefill worker fetched has arrived there, or never will."""
-        self._holds.release(peer.name, leg_id, "out")
+        self._transfers.closed(peer, leg_id, "out")
         active = self._legs.get(leg_id)
         if error and active is not None and active.leg is not None:
-            self._fail(active, active.leg, error)
+            self.fail(active, active.leg, error)
 
     def link_failed(self, peer: PrefillPeer, leg_ids: tuple[int, ...], reason: str) -> None:
         """A link could not be rebuilt: its legs fail, the peer stays."""
         for leg_id in leg_ids:
             active = self._legs.get(leg_id)
             if active is not None and active.leg is not None:
-                self._fail(active, active.leg, reason)
+                self.fail(active, active.leg, reason)
+
+    # -- how a leg ends
+
+    def fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
+        """A leg cannot bring the rest; what has landed stays."""
+        self.abandon(active)
+        if leg.phase != "asked" and active.sequence.phase == "waiting":
+            self._runtime.scheduler.withdraw(active.sequence)
+        self._runtime.metrics.count_recovery("prefill_lost")
+        self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)
+        log.warning(
+            "prefill leg lost", worker=self._runtime.name, request=active.request.request_id,
+            peer=leg.peer.name, reason=reason, kept_tokens=active.sequence.num_computed,
+        )  # fmt: skip
+        self._owner.prefill_lost(active, leg.peer.name, reason)
+
+    def end(self, active: ActiveRequest, leg: Leg) -> None:
+        """A leg is over here; what its transfers touch stays held until they have closed."""
+        del self._legs[leg.leg_id]
+        active.leg = None
+        self._owner.news()
 
     # -- steps of a leg
 
@@ -279,12 +285,9 @@ class Handoff:
         leg.held = held
         leg.num_granted = leg.num_tokens - held
         leg.landing = LandingProgress(runtime.engine.spec.num_layers, held)
-        self._holds.take(leg.peer.name, leg.leg_id, "in", sequence)
         # A kept leg may have grown: whatever of it has room is welcome.
         reserved = len(sequence.block_table) * runtime.pool.block_size
-        end = reserved if leg.was_kept else leg.num_tokens
-        slots = runtime.engine.storage.slots(sequence.block_table, held, end)
-        leg.peer.transfer.expect(leg.leg_id, held, slots)
+        self._transfers.receive(leg, held, reserved if leg.was_kept else leg.num_tokens)
         if leg.was_asked:
             grant = worker_pb2.Grant(leg_id=leg.leg_id, held_tokens=held, reserved_tokens=reserved)
             leg.peer.send(worker_pb2.DecodeToPrefill(grant=grant))
@@ -299,111 +302,10 @@ class Handoff:
             active.cached_tokens = min(cached, active.request.prompt_len)
         leg.computed = started.cached_tokens
         if started.fetch_end > started.fetch_start:
-            self._send_held(active, leg, started.fetch_start, started.fetch_end)
-
-    def _send_held(self, active: ActiveRequest, leg: Leg, start: int, end: int) -> None:
-        """Send KV that we hold and the prefill worker lacks, so that nobody computes it twice."""
-        runtime, transfer = self._runtime, leg.peer.transfer
-        self._holds.take(leg.peer.name, leg.leg_id, "out", active.sequence)
-        slots = runtime.engine.storage.slots(active.sequence.block_table, start, end)
-        transfer.open_sends(leg.leg_id)
-        ready = runtime.engine.record_event()
-        for first_layer, num_layers in runtime.engine.layer_groups:
-            transfer.send(Piece(leg.leg_id, 0, first_layer, num_layers, start, slots, ready))
-        transfer.finish_sends(leg.leg_id)
-
-    def _chunk(self, active: ActiveRequest, leg: Leg, chunk: worker_pb2.ChunkComputed) -> None:
-        leg.computed = chunk.start + chunk.num_tokens
-        if not active.wants_prompt_logprobs:
-            return
-        active.add_prompt_logprobs(
-            chunk.start, map(position_logprobs_from_proto, chunk.prompt_logprobs)
-        )
-        active.logprobs_covered = max(active.logprobs_covered, chunk.start + chunk.num_tokens)
-        self._note_landed(active, leg)
-
-    def _done(self, active: ActiveRequest, leg: Leg, done: worker_pb2.PrefillDone) -> None:
-        leg.first_token_at = time.monotonic()
-        self._runtime.metrics.observe_stage("prefill", done.prefill_seconds)
-        logprobs = (
-            position_logprobs_from_proto(done.logprobs) if done.HasField("logprobs") else None
-        )
-        self._owner.token(active, SampledToken(done.token_id, logprobs))
-        if active.leg is leg:
-            self._complete(active, leg)
-
-    def _kept_token(self, active: ActiveRequest, leg: Leg, kept: worker_pb2.KeptToken) -> None:
-        """The prefill worker decodes this request: pass its token on."""
-        if kept.position != active.sequence.num_tokens:
-            due = active.sequence.num_tokens
-            self._fail(active, leg, f"token {kept.position} came where {due} was due")
-            return
-        has_logprobs = kept.HasField("logprobs")
-        logprobs = position_logprobs_from_proto(kept.logprobs) if has_logprobs else None
-        self._owner.token(active, SampledToken(kept.token_id, logprobs))
-
-    def _note_landed(self, active: ActiveRequest, leg: Leg) -> None:
-        if leg.landing is None:
-            return
-        # The last token known is computed again in any case: its logits give the next one.
-        landed = min(leg.landing.contiguous, active.sequence.num_tokens - 1)
-        if active.wants_prompt_logprobs:
-            # KV whose logprobs are still to come must be computed again if the peer is lost now.
-            landed = min(landed, active.logprobs_covered)
-        if landed > active.sequence.num_computed:
-            self._runtime.scheduler.landed(active.sequence, landed)
-
-    def _complete(self, active: ActiveRequest, leg: Leg) -> None:
-        """Join the running batch once the first token and all KV are here."""
-        if leg.landing is None or leg.first_token_at is None:
-            return
-        if leg.landing.contiguous < leg.num_tokens:
-            return
-        runtime = self._runtime
-        seconds = time.monotonic() - leg.granted_at
-        runtime.scheduler.preemption.prefilled(leg.num_granted, seconds)
-        runtime.trace.stage(active.request.request_id, "landed", leg.last_piece_at)
-        exposed = max(0.0, leg.last_piece_at - leg.first_token_at)
-        runtime.metrics.observe_stage("transfer", leg.transfer_seconds)
-        runtime.metrics.observe_stage("transfer_exposed", exposed)
-        active.handover = worker_pb2.HandoverInfo(
-            transfer_seconds=leg.transfer_seconds,
-            exposed_transfer_seconds=exposed,
-            kv_bytes=leg.kv_bytes,
-        )
-        self._note_landed(active, leg)
-        self._end(active, leg)
-        leg.peer.transfer.finish_receives(leg.leg_id)
-        runtime.scheduler.join(active.sequence)
-        runtime.trace.stage(active.request.request_id, "joined")
-
-    def _finish_cut(self, active: ActiveRequest, leg: Leg) -> None:
-        """Compute the rest here once everything up to the cut has landed."""
-        if leg.landing is None or leg.cut_at is None or leg.landing.contiguous < leg.cut_at:
-            return
-        self._note_landed(active, leg)
-        self._end(active, leg)
-        leg.peer.transfer.finish_receives(leg.leg_id)
-        leg.peer.transfer.cancel_sends(leg.leg_id)
-        self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)
-        self._runtime.scheduler.fall_back(active.sequence)
-
-    def _fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
-        self.abandon(active)
-        if leg.phase != "asked" and active.sequence.phase == "waiting":
-            self._runtime.scheduler.withdraw(active.sequence)
-        self._runtime.metrics.count_recovery("prefill_lost")
-        self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)
-        log.warning(
-            "prefill leg lost", worker=self._runtime.name, request=active.request.request_id,
-            peer=leg.peer.name, reason=reason, kept_tokens=active.sequence.num_computed,
-        )  # fmt: skip
-        self._owner.prefill_lost(active, leg.peer.name, reason)
-
-    def _end(self, active: ActiveRequest, leg: Leg) -> None:
-        del self._legs[leg.leg_id]
-        active.leg = None
-        self._owner.news()
+            # KV that we hold and the prefill worker lacks: nobody computes it twice.
+            self._transfers.open_sends(leg)
+            self._transfers.send_computed(leg, 0, started.fetch_start, started.fetch_end)
+            leg.peer.transfer.finish_sends(leg.leg_id)
 
     # -- peers
 

@@ -59,7 +59,7 @@ class PrefillPeer:
         self._runtime = runtime
         self._handler = handler
         self._outbox: Outbox[worker_pb2.DecodeToPrefill] = Outbox(runtime.events.loop)
-        self.transfer = runtime.peer_transfer(
+        self.transfer = runtime.links.to_peer(
             self._send_link, PostedEvents(runtime.loop, handler, self)
         )
         self._task = runtime.events.spawn(self._run())

@@ -13,8 +13,11 @@ from typing import Protocol
 import grpc.aio
 import structlog
 
+from tandem.core.errors import TandemError
+from tandem.core.request import Request
 from tandem.kvcache.prefix_journal import JournalReader, PrefixJournal
 from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.wire import error_to_failed
 from tandem.wire.prefixes import prefix_events_to_proto
 from tandem.worker.event_loop import Outbox
 from tandem.worker.runtime import WorkerRuntime, refuse_stale
@@ -57,11 +60,20 @@ class GatewaySession:
             self._pending = []
             self._send(worker_pb2.DecodeMessage(outputs=batch))
 
-    def fail(self, failed: worker_pb2.RequestFailed) -> None:
+    def fail(self, error: TandemError, request_id: str, attempt: int) -> None:
+        """Say why a request is over, and that it failed. Engine thread."""
+        failed = error_to_failed(error, request_id, attempt)
         self._send(worker_pb2.DecodeMessage(failed=failed))
 
-    def need_prefill(self, message: worker_pb2.NeedPrefill) -> None:
-        self._send(worker_pb2.DecodeMessage(need_prefill=message))
+    def need_prefill(self, request: Request, failed_worker: str, reason: str) -> None:
+        """Ask for another prefill worker. Engine thread."""
+        need = worker_pb2.NeedPrefill(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            failed_worker=failed_worker,
+            reason=reason,
+        )
+        self._send(worker_pb2.DecodeMessage(need_prefill=need))
 
     def heartbeat(self, message: worker_pb2.Heartbeat) -> None:
         self._send(worker_pb2.DecodeMessage(heartbeat=message))

@@ -21,16 +21,12 @@ from tandem.core.stopping import finish_reason
 from tandem.decode.active import ActiveRequest
 from tandem.decode.handoff import Handoff
 from tandem.decode.lending import Lender
+from tandem.decode.outputs import token_output
 from tandem.decode.sessions import DecodeService, GatewaySession
 from tandem.engine import IterationOutput
 from tandem.router.lending import local_prefill_limit, may_change_places
 from tandem.v1 import worker_pb2, worker_pb2_grpc
-from tandem.wire import (
-    error_to_failed,
-    finish_reason_to_proto,
-    position_logprobs_to_proto,
-    request_from_submit,
-)
+from tandem.wire import request_from_submit
 from tandem.worker.pipeline import Pipeline
 from tandem.worker.ranks import RankAddress
 from tandem.worker.runtime import Progress, WorkerEndpoint, WorkerRuntime
@@ -83,7 +79,7 @@ class DecodeWorker:
             active = self._accept(session, message)
         except TandemError as error:
             self._runtime.metrics.count_request("refused")
-            session.fail(error_to_failed(error, message.request_id, message.attempt))
+            session.fail(error, message.request_id, message.attempt)
             return
         self._runtime.trace.stage(message.request_id, "accepted")
         self._active[active.key] = active
@@ -180,25 +176,20 @@ class DecodeWorker:
         if active.first_token_at is None:
             active.first_token_at = time.monotonic()
             self._runtime.trace.stage(active.request.request_id, "first_token")
-        index = sequence.num_output_tokens
-        wanted = active.wants_prompt_logprobs
         self._runtime.scheduler.append(sequence, sampled.token_id)
         reason = finish_reason(sequence, spec.eos_token_ids, spec.max_model_len)
-        self._emit(active, sampled, index, reason, prompt_logprobs=wanted)
+        output = token_output(active, sampled, reason)
+        active.handover = None
+        if output.HasField("first"):
+            self._runtime.metrics.observe_stage("queue", output.first.queue_seconds)
+        active.session.emit(output)
         if reason is not None:
             self._end(active, "finished", reason)
 
     def prefill_lost(self, active: ActiveRequest, worker: str, reason: str) -> None:
         """Ask the gateway for another prefill worker; what has landed stays."""
         active.awaiting_reassign_since = time.monotonic()
-        active.session.need_prefill(
-            worker_pb2.NeedPrefill(
-                request_id=active.request.request_id,
-                attempt=active.request.attempt,
-                failed_worker=worker,
-                reason=reason,
-            )
-        )
+        active.session.need_prefill(active.request, worker, reason)
 
     def _flush(self) -> None:
         for session in self._sessions:
@@ -316,49 +307,8 @@ class DecodeWorker:
                 self._refuse(active, cause)
 
     def _refuse(self, active: ActiveRequest, error: TandemError) -> None:
-        request = active.request
         self._end(active, "failed", None)
-        active.session.fail(error_to_failed(error, request.request_id, request.attempt))
-
-    def _emit(
-        self,
-        active: ActiveRequest,
-        sampled: SampledToken,
-        index: int,
-        reason: FinishReason | None,
-        *,
-        prompt_logprobs: bool,
-    ) -> None:
-        output = worker_pb2.SequenceOutput(
-            request_id=active.request.request_id,
-            attempt=active.request.attempt,
-            output_index=index,
-            token_ids=(sampled.token_id,),
-            finish_reason=finish_reason_to_proto(reason),
-        )
-        if sampled.logprobs is not None:
-            output.logprobs.append(position_logprobs_to_proto(sampled.logprobs))
-        if prompt_logprobs:
-            output.prompt_logprobs.extend(map(position_logprobs_to_proto, active.prompt_logprobs))
-        if reason == "stop":
-            output.stop_token_id = sampled.token_id
-        if active.sequence.num_tokens == len(active.request.token_ids) + 1:
-            output.first.CopyFrom(self._first_token_info(active))
-        if active.handover is not None:
-            output.handover.CopyFrom(active.handover)
-            active.handover = None
-        active.session.emit(output)
-
-    def _first_token_info(self, active: ActiveRequest) -> worker_pb2.FirstTokenInfo:
-        now = active.first_token_at or time.monotonic()
-        started = active.started_at or now
-        self._runtime.metrics.observe_stage("queue", started - active.submitted_at)
-        return worker_pb2.FirstTokenInfo(
-            cached_tokens=active.cached_tokens or 0,
-            queue_seconds=started - active.submitted_at,
-            prefill_seconds=now - started,
-            prefill_worker=active.prefill_worker,
-        )
+        active.session.fail(error, *active.key)
 
     def _end(self, active: ActiveRequest, outcome: str, reason: FinishReason | None) -> None:
         """Let go of everything that the request holds."""

@@ -105,6 +105,9 @@ class Engine:
         self._graphs: DecodeGraphs | None = None
         self._last: Launched | None = None
         self._execute: Callable[[Task], None] = run_here
+        self._log_loaded(load_seconds)
+
+    def _log_loaded(self, seconds: float) -> None:
         log.info(
             "model loaded",
             model=self.spec.name,
@@ -112,7 +115,7 @@ class Engine:
             dtype=self.spec.dtype,
             device=str(self.device),
             kernels=self.kernels,
-            load_seconds=round(load_seconds, 2),
+            load_seconds=round(seconds, 2),
             kv_cache=str(self.kv_capacity),
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,48 +57,58 @@ def load_model(
 ) -> LoadedModel:
     """Load the weights, from the directory's files if no other source is given, and make the KV
     blocks; every rank of a worker has as many. Raises `ModelLoadError`, `ConfigError`."""
-    started, keep = time.monotonic(), None
-    if weights is None:
-        weights = Checkpoint(model_dir, progress)
-        keep = partial(packed_keeper, model_dir, model, spec, weights.num_elements)
-    shard, whole = ranks.shard, spec.decoder
-    if shard.size > 1:
-        weights, keep = ShardedWeights(weights, shard, whole), None
-    with weights as source:
-        loader = Loader(source, spec.torch_dtype, device)
-        decoder = _load_decoder(loader, spec, layer_groups, keep, ranks)
+    started = time.monotonic()
+    if weights is not None:
+        decoder = _load_decoder(weights, spec, device, layer_groups, ranks)
+    else:
+        with closing(Checkpoint(model_dir, progress)) as files:
+            keep = partial(packed_keeper, model_dir, model, spec, files.num_elements)
+            decoder = _load_decoder(files, spec, device, layer_groups, ranks, keep)
     give_back_freed_memory()
     seconds = time.monotonic() - started
-    held = replace(spec, num_kv_heads=shard.config(whole).num_kv_heads)
+    held = replace(spec, num_kv_heads=ranks.shard.config(spec.decoder).num_kv_heads)
     capacity = measure_kv_capacity(cache, held, device, neighbours or Neighbours())
     capacity = replace(capacity, num_blocks=ranks.smallest(capacity.num_blocks))
-    storage = KVStorage(
-        num_layers=held.num_layers,
-        num_blocks=capacity.num_blocks,
-        block_size=cache.block_size,
-        num_kv_heads=held.num_kv_heads,
-        head_dim=held.head_dim,
-        dtype=held.torch_dtype,
-        device=device,
-    )
+    storage = _make_storage(held, capacity.num_blocks, cache.block_size, device)
     if not isinstance(decoder, Decoder):
         prefer_huge_pages(storage.kv)
     return LoadedModel(decoder, storage, capacity, seconds)
 
 
 def _load_decoder(
-    loader: Loader,
+    weights: WeightSource,
     spec: ModelSpec,
+    device: torch.device,
     layer_groups: tuple[tuple[int, int], ...],
-    keep: Callable[[], Keep | None] | None,
     ranks: RankGroup,
+    keep: Callable[[], Keep | None] = lambda: None,
 ) -> Decoder | CompiledModel | CompiledShard:
-    """Load the decoder in the form that the kernels of its device want; `keep` makes what keeps
-    packed weights."""
-    config = ranks.shard.config(spec.decoder)
-    if not runs_compiled_decoder(loader.device) or not can_compile(config, loader.dtype):
+    """Load the decoder, or this rank's part, in the form that the kernels of its device want.
+
+    `keep` makes what keeps packed weights; a rank's are not kept.
+    """
+    shard = ranks.shard
+    if shard.size > 1:
+        weights = ShardedWeights(weights, shard, spec.decoder)
+    loader, config = Loader(weights, spec.torch_dtype, device), shard.config(spec.decoder)
+    if not runs_compiled_decoder(device) or not can_compile(config, loader.dtype):
         return Decoder.load(loader, config, ranks)
-    if ranks.shard.size > 1:
+    if shard.size > 1:
         return CompiledShard.load(loader, config, ranks)
     group_ends = [first + count - 1 for first, count in layer_groups]
-    return CompiledModel.load(loader, config, group_ends, keep() if keep is not None else None)
+    return CompiledModel.load(loader, config, group_ends, keep())
+
+
+def _make_storage(
+    held: ModelSpec, num_blocks: int, block_size: int, device: torch.device
+) -> KVStorage:
+    """Make KV blocks for the heads that are held here."""
+    return KVStorage(
+        num_layers=held.num_layers,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=held.num_kv_heads,
+        head_dim=held.head_dim,
+        dtype=held.torch_dtype,
+        device=device,
+    )

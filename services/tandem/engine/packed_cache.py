@@ -23,15 +23,12 @@ from typing import Any
 import structlog
 
 from tandem.engine.memory import readable
-from tandem.engine.packed_format import FormatError, Parts, Writer, read_entry
+from tandem.engine.packed_format import Build, FormatError, Parts, read_entry, write_entry
 
 log = structlog.get_logger(__name__)
 
 SMALLEST_BYTES = 256 * 2**20
 """Weights below this are packed again at each start: it takes less than half a second."""
-
-Build = Callable[[Callable[[str, Any], None]], None]
-"""Makes every part and hands it over by name."""
 
 
 def default_directory() -> Path:
@@ -85,8 +82,7 @@ class PackedCache:
     def _write(self, path: Path, identity: Mapping[str, object], build: Build) -> None:
         partial = path.with_suffix(".partial")
         try:
-            with Writer(partial, identity) as writer:
-                build(writer.add)
+            write_entry(partial, identity, build)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

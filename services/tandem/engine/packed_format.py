@@ -14,11 +14,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,6 +26,8 @@ from tandem_kernels.cpu import PackedLayer, PackedLinear
 
 Parts = Mapping[str, Any]
 """Tensors, and dataclasses of them, by name."""
+Build = Callable[[Callable[[str, Any], None]], None]
+"""Makes every part and hands it over by name."""
 
 MAGIC = b"TANDEMPK"
 VERSION = 1
@@ -40,32 +41,42 @@ class FormatError(Exception):
     """A file is no entry, not whole, or for something else."""
 
 
-class Writer:
-    """Writes one file. A context manager: the header is written when the block ends well."""
+def write_entry(path: Path, identity: Mapping[str, object], build: Build) -> None:
+    """Write the parts that `build` makes, one by one. Raises what `build` raises."""
+    with path.open("wb") as file:
+        writer = _Writer(file)
+        build(writer.add)
+        writer.finish(identity)
 
-    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
-        self._file = path.open("wb")
-        self._identity = dict(identity)
+
+class _Writer:
+    """Writes one file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._parts: dict[str, object] = {}
         self._tensors: list[dict[str, object]] = []
         self._end = _HEADER_BYTES
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._file:
-            if error is None:
-                self._write_header()
-
     def add(self, name: str, part: Any) -> None:
         """Write a part; it is not needed any more."""
         self._parts[name] = self._describe(part)
+
+    def finish(self, identity: Mapping[str, object]) -> None:
+        """Write the header: what came before is an entry now."""
+        content = {
+            "version": VERSION,
+            "identity": dict(identity),
+            "size": self._end,
+            "parts": self._parts,
+            "tensors": self._tensors,
+        }
+        header = json.dumps(content).encode()
+        if len(header) > _HEADER_BYTES - 20:
+            raise OSError(f"the header takes {len(header)} bytes; there is room for 1 MiB")
+        self._file.seek(0)
+        self._file.write(MAGIC + len(header).to_bytes(8, "little"))
+        self._file.write(zlib.crc32(header).to_bytes(4, "little") + header)
 
     def _describe(self, part: Any) -> object:
         if isinstance(part, Tensor):
@@ -90,21 +101,6 @@ class Writer:
         )
         self._end += len(data)
         return len(self._tensors) - 1
-
-    def _write_header(self) -> None:
-        content = {
-            "version": VERSION,
-            "identity": self._identity,
-            "size": self._end,
-            "parts": self._parts,
-            "tensors": self._tensors,
-        }
-        header = json.dumps(content).encode()
-        if len(header) > _HEADER_BYTES - 20:
-            raise OSError(f"the header takes {len(header)} bytes; there is room for 1 MiB")
-        self._file.seek(0)
-        self._file.write(MAGIC + len(header).to_bytes(8, "little"))
-        self._file.write(zlib.crc32(header).to_bytes(4, "little") + header)
 
 
 def read_entry(path: Path, identity: Mapping[str, object], threads: int) -> Parts:

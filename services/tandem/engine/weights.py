@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,15 +63,6 @@ class Part(NamedTuple):
 class WeightSource(Protocol):
     """Where a decoder's tensors come from."""
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
     def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
         """Copy a tensor, or a part of it, into `out`, converting its dtype."""
 
@@ -81,8 +71,7 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """The tensors of one model directory. A context manager: closes its files at the end. Several
-    threads may read at once."""
+    """The tensors of one model directory. Several threads may read at once."""
 
     def __init__(self, model_dir: Path, progress: Progress | None = None) -> None:
         self._model_dir = model_dir
@@ -97,15 +86,8 @@ class Checkpoint:
         self._read = 0
         self._started = time.monotonic()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the files."""
         self._files.clear()
 
     def __contains__(self, name: str) -> bool:

@@ -66,7 +66,7 @@ class HostTier:
         self._spillable: dict[int, None] = {}  # in the order in which they were cached
         self._spilling: dict[int, list[tuple[bytes, bytes]]] = {}
         if self.spills:
-            device.listeners.append(self)
+            device.prefixes.listeners.append(self)
 
     # ------------------------------------------------------------------ counts
 
@@ -83,7 +83,7 @@ class HostTier:
             for copy in self._under_way.values()
             if copy.kind == "swap_out"
         )
-        return leaving + self.device.num_pinned
+        return leaving + self.device.prefixes.num_pinned
 
     def take_copies(self) -> list[BlockCopy]:
         """Return the copies begun since the last call: to be carried out in this order."""
@@ -138,15 +138,15 @@ class HostTier:
                 blocks.append(block)
         if not blocks:
             return
-        names = [self.device.published_name(block) for block in blocks]
+        names = [self.device.prefixes.name_of(block) for block in blocks]
         number = self._next_number
         copy = self._begin("spill", blocks, self.pool.allocate(len(blocks), _holder(number)))
         self._spilling[copy.number] = names
-        self.device.pin(blocks)
+        self.device.prefixes.pin(blocks)
 
     def _lacks(self, block: int) -> bool:
-        return self.device.is_cached(block) and not self.pool.is_published(
-            self.device.published_name(block)[0]
+        return self.device.prefixes.is_cached(block) and not self.pool.is_published(
+            self.device.prefixes.name_of(block)[0]
         )
 
     # what the device's pool says (`CacheListener`)
@@ -178,7 +178,7 @@ class HostTier:
             self.pool.release(copy.host_blocks, copy.holder)
 
     def _end_spill(self, copy: BlockCopy, succeeded: bool) -> None:
-        self.device.unpin(copy.device_blocks)
+        self.device.prefixes.unpin(copy.device_blocks)
         names = self._spilling.pop(copy.number)
         if succeeded:
             for block, (block_hash, parent) in zip(copy.host_blocks, names, strict=True):

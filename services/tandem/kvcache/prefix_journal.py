@@ -37,7 +37,7 @@ class PrefixJournal:
         self.end = 0
         """The number of the next change."""
         for tier, pool in self.pools.items():
-            pool.listeners.append(_Listener(self, tier))
+            pool.prefixes.listeners.append(_Listener(self, tier))
 
     def note(self, block_hash: bytes, tier: Tier, *, is_stored: bool) -> None:
         """Append a change."""
@@ -83,7 +83,7 @@ class JournalReader:
             self._snapshot = [
                 _Change(block_hash[:KEY_BYTES], tier, is_stored=True)
                 for tier, pool in journal.pools.items()
-                for block_hash in pool.published_hashes()
+                for block_hash in pool.prefixes.hashes()
             ]
             self._next = journal.end
         changes = self._take()

@@ -11,18 +11,15 @@ from typing import Protocol
 
 from tandem.core.request import SampledToken
 from tandem.core.stopping import finish_reason
-from tandem.engine.engine import LayerGroup
 from tandem.prefill.legs import PrefillLeg
 from tandem.v1 import worker_pb2
 from tandem.wire import position_logprobs_to_proto
 from tandem.worker.runtime import WorkerRuntime
-from tandem.worker.transfers import TransferHolds
+from tandem.worker.transfers import LegTransfers
 
 
 class LegOwner(Protocol):
-    """What the worker does with a leg."""
-
-    def send_kv(self, leg: PrefillLeg, group: LayerGroup, start: int, end: int) -> None: ...
+    """Who knows the legs."""
 
     def forget(self, leg: PrefillLeg, outcome: str) -> None: ...
 
@@ -30,9 +27,9 @@ class LegOwner(Protocol):
 class KeptRequests:
     """What differs for a leg in phase `keeping`."""
 
-    def __init__(self, runtime: WorkerRuntime, holds: TransferHolds, owner: LegOwner) -> None:
+    def __init__(self, runtime: WorkerRuntime, transfers: LegTransfers, owner: LegOwner) -> None:
         self._runtime = runtime
-        self._holds = holds
+        self._transfers = transfers
         self._owner = owner
 
     def sampled(self, leg: PrefillLeg, sampled: SampledToken) -> bool:
@@ -50,7 +47,7 @@ class KeptRequests:
 
     def granted(self, leg: PrefillLeg, grant: worker_pb2.Grant) -> None:
         """The decode worker has blocks: send the KV, and with a token sampled, the request too."""
-        sequence, transfer = leg.sequence, leg.peer.transfer
+        sequence = leg.sequence
         leg.held_tokens = grant.held_tokens
         if sequence.phase == "waiting":
             # Nothing is computed: from here on it is a leg like any other.
@@ -61,17 +58,12 @@ class KeptRequests:
             leg.phase = "granted"  # likewise, once what host memory has is back
             return
         computed = min(sequence.num_computed, grant.reserved_tokens)
-        self._holds.take(leg.peer.name, leg.leg_id, "out", sequence)
-        transfer.open_sends(leg.leg_id)
-        ready = self._runtime.engine.record_event()
-        for first_layer, num_layers in self._runtime.engine.layer_groups:
-            group = LayerGroup(first_layer, num_layers, ready)
-            self._owner.send_kv(leg, group, leg.held_tokens, computed)
+        self._transfers.open_sends(leg)
+        self._transfers.send_computed(leg, leg.chunks, leg.held_tokens, computed)
         leg.chunks += 1
         if sequence.num_tokens == len(sequence.request.token_ids):
             leg.phase = "computing"  # a prompt under way: the rest follows as it is computed
             return
-        cut = worker_pb2.PrefillCut(leg_id=leg.leg_id, num_tokens=max(leg.held_tokens, computed))
-        leg.peer.send(worker_pb2.PrefillToDecode(cut=cut))
-        transfer.finish_sends(leg.leg_id)
+        leg.peer.cut_leg(leg.leg_id, max(leg.held_tokens, computed))
+        leg.peer.transfer.finish_sends(leg.leg_id)
         self._owner.forget(leg, "handed_over")

@@ -56,7 +56,7 @@ class DecodePeer:
     ) -> None:
         self.name = f"{hello.name}@{hello.incarnation}"
         self.outbox: Outbox[worker_pb2.PrefillToDecode] = Outbox(runtime.events.loop)
-        self.transfer = runtime.peer_transfer(
+        self.transfer = runtime.links.to_peer(
             self._send_link, PostedEvents(runtime.loop, handler, self)
         )
         self.transfer.meet(hello.name, hello.kv_spec)
@@ -64,6 +64,16 @@ class DecodePeer:
     def send(self, message: worker_pb2.PrefillToDecode) -> None:
         """Queue a message for the decode worker; dropped once it is gone."""
         self.outbox.put(message)
+
+    def fail_leg(self, leg_id: int, reason: str) -> None:
+        """Say that a leg is over before its time."""
+        failed = worker_pb2.PrefillFailed(leg_id=leg_id, reason=reason)
+        self.send(worker_pb2.PrefillToDecode(failed=failed))
+
+    def cut_leg(self, leg_id: int, num_tokens: int) -> None:
+        """Say that a leg ends here, and how many tokens from the start have KV."""
+        cut = worker_pb2.PrefillCut(leg_id=leg_id, num_tokens=num_tokens)
+        self.send(worker_pb2.PrefillToDecode(cut=cut))
 
     def close(self) -> None:
         """End the stream from our side."""

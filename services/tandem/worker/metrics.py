@@ -10,25 +10,13 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.host_tier import CopyKind
 from tandem.scheduler.preemption import Way
 
 _SECONDS = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LABELS = ("worker", "role")
@@ -40,8 +28,71 @@ class WorkerMetrics:
     def __init__(self, worker: str, role: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = (worker, role)
+        self._seen: Counts[tuple[Counter, str]] = Counts()
+        self._define_requests()
+        self._define_tokens()
+        self._define_lending()
+        self._define_blocks()
+        self._define_iterations()
+
+    def _define_requests(self) -> None:
+        """What becomes of requests, and how long it takes."""
         self.requests = self._counter(
             "tandem_worker_requests_total", "Requests by outcome.", ("outcome",)
+        )
+        self.running = self._gauge("tandem_worker_running_requests", "Sequences that hold blocks.")
+        self.waiting = self._gauge("tandem_worker_waiting_requests", "Sequences in the queue.")
+        self.recoveries = self._counter(
+            "tandem_worker_recoveries_total", "Prefills started again, by cause.", ("cause",)
+        )
+        self.stale = self._counter(
+            "tandem_worker_stale_messages_total", "Messages refused for their stamp."
+        )
+        self.stage_seconds = self._histogram(
+            "tandem_worker_stage_seconds",
+            "Time of a request in a stage: queue, prefill, transfer, transfer_exposed, decode.",
+            _SECONDS,
+            ("stage",),
+        )
+
+    def _define_tokens(self) -> None:
+        """What was computed, and what need not be."""
+        self.tokens = self._counter(
+            "tandem_worker_tokens_total", "Tokens computed, by kind.", ("kind",)
+        )
+        self.cached_tokens = self._counter(
+            "tandem_worker_prefix_hit_tokens_total", "Prompt tokens found in the prefix cache."
+        )
+        self.queried_tokens = self._counter(
+            "tandem_worker_prefix_query_tokens_total",
+            "Prompt tokens looked up in the prefix cache.",
+        )
+        self.kept_tokens = self._counter(
+            "tandem_worker_kept_tokens_total", "Tokens whose KV outlived their prefill worker."
+        )
+
+    def _define_lending(self) -> None:
+        """What one pool does for the other."""
+        self.moves = self._counter(
+            "tandem_worker_moved_prompts_total",
+            "Prompts that went from one pool to the other, by direction: here, away.",
+            ("direction",),
+        )
+        self.lent_requests = self._counter(
+            "tandem_worker_lent_requests_total",
+            "Requests served with this worker's slack for the other pool: prompts on a decode "
+            "worker, decoding on a prefill worker.",
+        )
+        self.lent_tokens = self._counter(
+            "tandem_worker_lent_tokens_total", "Tokens computed for such requests."
+        )
+
+    def _define_blocks(self) -> None:
+        """Where KV is, and how it moves."""
+        self.blocks = self._gauge("tandem_worker_kv_blocks", "KV blocks by state.", ("state",))
+        self.unused_slots = self._gauge(
+            "tandem_worker_kv_unused_slots",
+            "Token slots of held blocks that no token of their sequence takes: fragmentation.",
         )
         self.preemptions = self._counter(
             "tandem_worker_preemptions_total",
@@ -56,51 +107,14 @@ class WorkerMetrics:
             "KV blocks copied between the device and host memory, by what for.",
             ("kind",),
         )
-        self._seen: Counts[tuple[Counter, str]] = Counts()
-        self.recoveries = self._counter(
-            "tandem_worker_recoveries_total", "Prefills started again, by cause.", ("cause",)
-        )
-        self.stale = self._counter(
-            "tandem_worker_stale_messages_total", "Messages refused for their stamp."
-        )
-        self.tokens = self._counter(
-            "tandem_worker_tokens_total", "Tokens computed, by kind.", ("kind",)
-        )
-        self.cached_tokens = self._counter(
-            "tandem_worker_prefix_hit_tokens_total", "Prompt tokens found in the prefix cache."
-        )
-        self.queried_tokens = self._counter(
-            "tandem_worker_prefix_query_tokens_total",
-            "Prompt tokens looked up in the prefix cache.",
-        )
-        self.kept_tokens = self._counter(
-            "tandem_worker_kept_tokens_total", "Tokens whose KV outlived their prefill worker."
-        )
-        self.lent_requests = self._counter(
-            "tandem_worker_lent_requests_total",
-            "Requests served with this worker's slack for the other pool: prompts on a decode "
-            "worker, decoding on a prefill worker.",
-        )
-        self.lent_tokens = self._counter(
-            "tandem_worker_lent_tokens_total", "Tokens computed for such requests."
-        )
-        self.moves = self._counter(
-            "tandem_worker_moved_prompts_total",
-            "Prompts that went from one pool to the other, by direction: here, away.",
-            ("direction",),
-        )
         self.kv_bytes = self._counter("tandem_worker_kv_bytes_total", "KV bytes received.")
-        self.running = self._gauge("tandem_worker_running_requests", "Sequences that hold blocks.")
-        self.waiting = self._gauge("tandem_worker_waiting_requests", "Sequences in the queue.")
-        self.blocks = self._gauge("tandem_worker_kv_blocks", "KV blocks by state.", ("state",))
+        self.links = self._gauge("tandem_worker_kv_links", "Open KV links.")
+
+    def _define_iterations(self) -> None:
+        """What iterations are made of, and by which policy."""
         self.policy = self._gauge(
             "tandem_worker_scheduling_policy", "1 for the policy that is followed.", ("policy",)
         )
-        self.unused_slots = self._gauge(
-            "tandem_worker_kv_unused_slots",
-            "Token slots of held blocks that no token of their sequence takes: fragmentation.",
-        )
-        self.links = self._gauge("tandem_worker_kv_links", "Open KV links.")
         self.iteration_seconds = self._histogram(
             "tandem_worker_iteration_seconds", "Duration of an iteration.", _SECONDS
         )
@@ -109,12 +123,6 @@ class WorkerMetrics:
         )
         self.iteration_sequences = self._histogram(
             "tandem_worker_iteration_sequences", "Sequences in an iteration.", _SIZES
-        )
-        self.stage_seconds = self._histogram(
-            "tandem_worker_stage_seconds",
-            "Time of a request in a stage: queue, prefill, transfer, transfer_exposed, decode.",
-            _SECONDS,
-            ("stage",),
         )
 
     def serve(self, host: str) -> str:
@@ -171,13 +179,17 @@ class WorkerMetrics:
         counter.labels(*self._labels, label).inc(total - self._seen[counter, label])
         self._seen[counter, label] = total
 
-    def set_host_blocks(self, used: int, cached: int, total: int) -> None:
-        for state, count in (("used", used), ("cached", cached), ("free", total - used - cached)):
-            self.host_blocks.labels(*self._labels, state).set(count)
+    def set_blocks(self, pool: BlockPool) -> None:
+        self._set_states(self.blocks, pool)
+
+    def set_host_blocks(self, pool: BlockPool) -> None:
+        self._set_states(self.host_blocks, pool)
+
+    def _set_states(self, gauge: Gauge, pool: BlockPool) -> None:
+        used, cached = pool.num_used, pool.num_cached
+        free = pool.num_blocks - used - cached
+        for state, count in (("used", used), ("cached", cached), ("free", free)):
+            gauge.labels(*self._labels, state).set(count)
 
     def set_policy(self, name: str) -> None:
         self.policy.labels(*self._labels, name).set(1)
-
-    def set_blocks(self, used: int, cached: int, total: int) -> None:
-        for state, count in (("used", used), ("cached", cached), ("free", total - used - cached)):
-            self.blocks.labels(*self._labels, state).set(count)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -24,33 +23,27 @@ from tandem.engine.engine import Engine
 from tandem.engine.parallel.shard import check_degree
 from tandem.engine.spec import load_spec
 from tandem.kvcache.block_pool import BlockPool
-from tandem.kvcache.host_tier import BlockCopy, make_host_tier
+from tandem.kvcache.host_tier import BlockCopy, HostTier, make_host_tier
 from tandem.kvcache.prefix_journal import PrefixJournal
 from tandem.kvcache.storage import HostStorage
 from tandem.modelfiles import resolve_model, served_name
-from tandem.scheduler import PoolRole, Scheduler, make_policy, policy_name
+from tandem.scheduler import Policy, PoolRole, Scheduler, make_policy, policy_name
 from tandem.tracing.buffer import TraceBuffer
 from tandem.tracing.service import add_tracing
-from tandem.transfer import (
-    NO_OTHERS,
-    LinkBudget,
-    RankedTransfer,
-    RankLinks,
-    Rendezvous,
-    TransferEvents,
-    make_kv_spec,
-)
-from tandem.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+from tandem.transfer import make_kv_spec
+from tandem.v1 import cluster_pb2, worker_pb2_grpc
 from tandem.worker.affinity import CoreClaim
 from tandem.worker.engine_loop import EngineLoop
 from tandem.worker.event_loop import EventLoopThread
 from tandem.worker.host_copier import HostCopier
+from tandem.worker.links import WorkerLinks
 from tandem.worker.liveness import check_incarnation
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.page_maker import PageMaker
 from tandem.worker.ranks import RankAddress, WorkerRanks
 from tandem.worker.service import WorkerService
 from tandem.worker.shares import default_threads, neighbours_of
+from tandem.worker.status import publish_gauges, worker_status
 from tandem.worker.token_rate import TokenRate
 
 log = structlog.get_logger(__name__)
@@ -115,11 +108,9 @@ class WorkerRuntime:
         self.metrics = WorkerMetrics(name, role)
         self.metrics.set_policy(policy_name(config.scheduler, self.role_name))
         self.trace = TraceBuffer(name, config.tracing.max_events, always=config.tracing.always)
-        self.link_budget = LinkBudget(config.transfer.max_links)
-        self._rendezvous = Rendezvous(config.worker.host)
         self.endpoint: WorkerEndpoint | None = None
         self._progress = progress or (lambda stage, fraction: None)
-        self._rate = TokenRate()
+        self.token_rate = TokenRate()
         self.tensor_parallel = config.tensor_parallel(role)
         self._ranks: WorkerRanks | None = None
         if self.tensor_parallel > 1:
@@ -134,9 +125,28 @@ class WorkerRuntime:
         """Load weights, make the KV blocks and warm up. Raises `ModelLoadError`, `ConfigError`."""
         config = self.config
         policy = make_policy(config.scheduler, self.role_name)
-        self._claim = CoreClaim(config.worker.cpu_affinity)
-        cores = self._claim.cores
+        self.core_claim = CoreClaim(config.worker.cpu_affinity)
+        cores = self.core_claim.cores
         torch.set_num_threads(config.worker.threads or len(cores) or default_threads(config))
+        self._load_engine()
+        self._manage_blocks(policy)
+        spec, storage = self.engine.spec, self.engine.storage
+        self.kv_spec = make_kv_spec(
+            *(self.model_name, spec.revision, storage, config.transfer),
+            num_kv_heads=spec.num_kv_heads,
+            tensor_parallel=self.tensor_parallel,
+        )
+        self.links = WorkerLinks(storage, self.kv_spec, config, self.trace, self._ranks)
+        self._progress("warming up", 0.0)
+        self.engine.warm_up()
+        if self.overlaps:
+            self.engine.compute_ahead(*cores[:1])
+        self._pages = PageMaker(self.name, storage) if self.device == "cpu" else None
+        self._progress("ready", 1.0)
+
+    def _load_engine(self) -> None:
+        """Load the model, together with the other ranks where there are any."""
+        config = self.config
         self.model_path = resolve_model(config.model.path)
         decoder = load_spec(self.model_path, config.model, self.device).decoder
         check_degree(f"{self.role_name}.tensor_parallel", decoder, self.tensor_parallel)
@@ -153,43 +163,33 @@ class WorkerRuntime:
             neighbours=neighbours_of(config, self.device),
             announcer=self._ranks,
         )
-        self.engine.pin(cores)
+        self.engine.pin(self.core_claim.cores)
         if self._ranks is not None:
             self._ranks.await_loaded()
-        self.pool = BlockPool(
-            self.engine.storage.num_blocks, config.cache.block_size, config.cache.prefix_cache
-        )
-        spec, storage = self.engine.spec, self.engine.storage
-        block_bytes = storage.bytes_per_token * config.cache.block_size
-        self.host_tier = None
-        if self.tensor_parallel == 1:  # other ranks hold heads that rank 0 cannot copy
-            self.host_tier = make_host_tier(
-                config.cache, self.pool, block_bytes, swaps=self.role_name == "decode"
-            )
-        self.scheduler = Scheduler(
-            config.scheduler, self.pool, spec.max_model_len, policy, self.host_tier, block_bytes
-        )
-        in_host = None if self.host_tier is None else self.host_tier.pool
-        self.journal = PrefixJournal(self.pool, in_host)
+
+    def _manage_blocks(self, policy: Policy) -> None:
+        """Make what hands out the engine's KV blocks, and room for more of them in host memory."""
+        cache, storage = self.config.cache, self.engine.storage
+        self.pool = BlockPool(storage.num_blocks, cache.block_size, cache.prefix_cache)
+        block_bytes = storage.bytes_per_token * cache.block_size
+        self.host_tier: HostTier | None = None
         self._copier: HostCopier | None = None
+        if self.tensor_parallel == 1:  # other ranks hold heads that rank 0 cannot copy
+            swaps = self.role_name == "decode"
+            self.host_tier = make_host_tier(cache, self.pool, block_bytes, swaps=swaps)
         if self.host_tier is not None:
             kv_in_host = HostStorage(storage, self.host_tier.pool.num_blocks)
             self._copier = HostCopier(self.name, kv_in_host, storage.device, self._post_copied)
-        self.kv_spec = make_kv_spec(
-            *(self.model_name, spec.revision, self.engine.storage, config.transfer),
-            num_kv_heads=spec.num_kv_heads,
-            tensor_parallel=self.tensor_parallel,
+        in_host = None if self.host_tier is None else self.host_tier.pool
+        self.journal = PrefixJournal(self.pool, in_host)
+        max_model_len = self.engine.spec.max_model_len
+        self.scheduler = Scheduler(
+            self.config.scheduler, self.pool, max_model_len, policy, self.host_tier, block_bytes
         )
-        self._progress("warming up", 0.0)
-        self.engine.warm_up()
-        if self.overlaps:
-            self.engine.compute_ahead(*cores[:1])
-        self._pages = PageMaker(self.name, storage) if self.device == "cpu" else None
-        self._progress("ready", 1.0)
 
     def serve(self, role: Role) -> WorkerEndpoint:
         """Start the threads and the gRPC server; returns once it listens."""
-        core = self._claim.cores[0] if self._claim.cores and not self.overlaps else None
+        core = self.core_claim.cores[0] if self.core_claim.cores and not self.overlaps else None
         self.loop = EngineLoop(self.name, role.step, core)
         self.events = EventLoopThread(self.name)
         self._role = role
@@ -211,7 +211,7 @@ class WorkerRuntime:
             self._ranks.stop()
         self.events.run(self._server.stop(grace=0.5), timeout=5.0)
         self.events.stop()
-        self._claim.release()
+        self.core_claim.release()
 
     def adopt(self, incarnation: int) -> None:
         """Take a new incarnation after the old one was burnt. Engine thread."""
@@ -270,7 +270,7 @@ class WorkerRuntime:
     def count_tokens(self, kind: str, amount: int) -> None:
         """Count tokens computed, for the metrics and for the rate in `tandem status`."""
         self.metrics.count_tokens(kind, amount)
-        self._rate.add(amount, time.monotonic())
+        self.token_rate.add(amount, time.monotonic())
 
     def count_lent(self, tokens: int, requests: int = 0) -> None:
         """Count what was computed with this worker's slack for the other pool."""
@@ -284,87 +284,13 @@ class WorkerRuntime:
         if self.pool.prefix_cache:
             self.metrics.count_prefix_lookup(sequence.num_tokens, sequence.num_cached)
 
-    def peer_transfer(
-        self,
-        send_control: Callable[[worker_pb2.LinkMessage], None],
-        events: TransferEvents,
-    ) -> RankedTransfer:
-        """All KV traffic with one peer, over this worker's blocks on every rank."""
-
-        def make_links(
-            name: str, theirs: worker_pb2.KVSpec, own_events: TransferEvents
-        ) -> RankLinks:
-            return RankLinks(
-                rank=0,
-                blocks=self.engine.storage,
-                ours=self.kv_spec,
-                theirs=theirs,
-                config=self.config.transfer,
-                send_control=send_control,
-                events=own_events,
-                peer_name=name,
-                budget=self.link_budget,
-                rendezvous=self._rendezvous,
-                trace=self.trace,
-            )
-
-        others = self._ranks or NO_OTHERS
-        return RankedTransfer(self.kv_spec, make_links, send_control, events, others)
-
     @property
     def model_name(self) -> str:
         return served_name(self.config.model.path, self.config.model.served_name)
 
     def status(self) -> cluster_pb2.WorkerStatus:
-        """What `tandem status` shows of this worker."""
-        status = self._own_status()
-        if self.host_tier is not None:
-            pool = self.host_tier.pool
-            status.host_blocks_used = pool.num_used
-            status.host_blocks_cached = pool.num_cached
-            status.host_blocks_total = pool.num_blocks
-            for kind, copied in self.host_tier.blocks_copied.items():
-                status.host_blocks_copied[kind] = copied
-        return status
-
-    def _own_status(self) -> cluster_pb2.WorkerStatus:
-        pool, scheduler, spec = self.pool, self.scheduler, self.engine.spec
-        endpoint = self.endpoint
-        return cluster_pb2.WorkerStatus(
-            name=self.name,
-            role=cluster_pb2.Role.Value(f"ROLE_{self.role_name.upper()}"),
-            state=cluster_pb2.WORKER_STATE_READY,
-            pid=os.getpid(),
-            node=platform.node(),
-            device=self._claim.describe(self.device),
-            incarnation=self.incarnation,
-            address=endpoint.address if endpoint else "",
-            metrics_address=endpoint.metrics_address if endpoint else "",
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            blocks_used=pool.num_used,
-            blocks_cached=pool.num_cached,
-            blocks_total=pool.num_blocks,
-            links=self.link_budget.num_open,
-            tokens_per_second=self._rate.per_second(time.monotonic()),
-            iterations=self.iterations,
-            policy=policy_name(self.config.scheduler, self.role_name),
-            kernels=self.engine.kernels,
-            preemptions=dict(scheduler.num_preempted.items()),
-            tensor_parallel=self.tensor_parallel,
-            lent_requests=self.lent_requests,
-            lent_tokens=self.lent_tokens,
-            kv_capacity=str(self.engine.kv_capacity),
-            model=self.model_name,
-            model_info=cluster_pb2.ModelInfo(
-                name=self.model_name,
-                path=str(self.model_path),
-                max_model_len=spec.max_model_len,
-                block_size=self.config.cache.block_size,
-                vocab_size=spec.vocab_size,
-                no_prefix_cache=not self.config.cache.prefix_cache,
-            ),
-        )
+        """What `tandem status` shows of this worker. Any thread."""
+        return worker_status(self)
 
     async def _start_server(self, role: Role) -> str:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -380,21 +306,7 @@ class WorkerRuntime:
         while True:
             await asyncio.sleep(self.config.worker.heartbeat_interval)
             self.loop.post(self._role.tick)
-            self.loop.post(self._publish_gauges)
-
-    def _publish_gauges(self) -> None:
-        self.metrics.running.set(self.scheduler.num_running)
-        self.metrics.waiting.set(self.scheduler.num_waiting)
-        self.metrics.set_blocks(self.pool.num_used, self.pool.num_cached, self.pool.num_blocks)
-        self.metrics.unused_slots.set(self.scheduler.num_unused_slots)
-        self.metrics.links.set(self.link_budget.num_open)
-        self.metrics.set_preemptions(self.scheduler.num_preempted)
-        if self.host_tier is not None:
-            host = self.host_tier
-            self.metrics.set_host_blocks(
-                host.pool.num_used, host.pool.num_cached, host.pool.num_blocks
-            )
-            self.metrics.set_host_copies(host.blocks_copied)
+            self.loop.post(publish_gauges, self)
 
 
 async def refuse_stale(

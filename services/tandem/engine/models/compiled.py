@@ -19,8 +19,8 @@ from tandem.engine.models.config import DecoderConfig
 from tandem.engine.models.decoder import Layer
 from tandem.engine.models.layers import Linear, Loader, OnWritten
 from tandem.engine.models.rope import inverse_frequencies
-from tandem.engine.packed_cache import Build, build_all, in_parallel
-from tandem.engine.packed_format import Parts
+from tandem.engine.packed_cache import build_all, in_parallel
+from tandem.engine.packed_format import Build, Parts
 from tandem.kvcache.storage import KVStorage
 from tandem_kernels import Choice, RaggedBatch, cpu
 

@@ -7,8 +7,6 @@ are the biases that another rank adds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
@@ -24,18 +22,6 @@ class ShardedWeights:
         self._source = source
         self._shard = shard
         self._whole = whole
-
-    def __enter__(self) -> Self:
-        self._source.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._source.__exit__(kind, error, trace)
 
     def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
         """Copy this rank's part of a tensor into `out`."""
