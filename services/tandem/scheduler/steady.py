@@ -28,8 +28,8 @@ def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
         return 0
     steps = most
     for sequence, _, length, samples, _ in plan.chunks:
-        if length != 1 or not samples:
-            return 0
+        if length != 1 or not samples or not sequence.num_output_tokens:
+            return 0  # a first token is news, which a leap would bring late
         left = sequence.request.max_len - len(sequence.token_ids) - 1
         if left < steps:
             steps = left

@@ -241,13 +241,7 @@ class SimulatedDecode:
 
     def repeated(self, plan: IterationPlan, ends: list[float]) -> None:
         flights = [self._by_sequence[chunk.sequence] for chunk in plan.chunks]
-        times = [end + self._rpc_seconds for end in ends]
-        if all(flight.first_token_at for flight in flights):
-            self._gateway.tokens(flights, times)
-            return
-        for flight in flights:  # a prompt whose last chunk was one token
-            for time in times:
-                self._gateway.token(flight, time)
+        self._gateway.tokens(flights, [end + self._rpc_seconds for end in ends])
 
     def _token(self, flight: Flight) -> None:
         """A prefill worker drew a token."""
