@@ -1,8 +1,9 @@
 """`make bench-prediction`: what the simulator predicts against what the cluster does.
 
-For each way of serving it starts a cluster, takes its profile with `tandem profile`'s own code, and
-replays the same arrivals on the cluster and in the simulator at several loads. Nothing is fitted to
-the replays. Writes a table and the raw figures beside the other benchmarks' results.
+For each way of serving it starts a cluster, replays arrivals on it at several loads, and the same
+arrivals in the simulator, with the mean of two profiles that `tandem profile`'s own code took of
+the cluster before and after. Nothing is fitted to the replays. Writes a table and the raw figures
+beside the other benchmarks' results.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.launch import ClusterError, RunningCluster, running_cluster
 from benchmarks.machine import describe_machine
@@ -93,24 +95,40 @@ def _rates(text: str) -> tuple[float, ...]:
 def _compare(
     scenario: Scenario, mode: Mode, options: argparse.Namespace, results: Path
 ) -> list[Comparison]:
-    compared = []
+    """Replay every load on one cluster, between two profiles of it, and predict from both."""
+    loads = []
     with running_cluster(scenario.config(mode)) as cluster:
-        print(f"{mode}: taking a profile", flush=True)
-        profile = _profile(scenario, mode, cluster)
-        results.mkdir(parents=True, exist_ok=True)
-        save_profile(profile, results / f"profile-{scenario.key}-{mode}.yaml")
+        profiles = [_profile(scenario, mode, cluster)]
         for rate in options.rates or LOADS[scenario.key]:
             load = replace(scenario, rate=rate, requests=max(8, int(rate * options.seconds)))
             load = replace(load, shared_fraction=0.0)
             requests, _ = plan_workload(load, Path(options.trace))
             print(f"{mode}: {len(requests)} requests, {rate:g} a second", flush=True)
             records, _ = replay(load, cluster, _distinct(requests, rate), CLIENT_NICENESS)
-            predicted = predict(load, mode, profile, requests)
-            compared.append(Comparison(mode, rate, len(requests), measured(records), predicted))
-    return compared
+            loads.append((load, requests, measured(records)))
+        profiles.append(_profile(scenario, mode, cluster))
+    results.mkdir(parents=True, exist_ok=True)
+    for profile, when in zip(profiles, ("before", "after"), strict=True):
+        save_profile(profile, results / f"profile-{scenario.key}-{mode}-{when}.yaml")
+    return [
+        Comparison(
+            mode,
+            load.rate,
+            len(requests),
+            figures,
+            mean_of([predict(load, mode, profile, requests) for profile in profiles]),
+        )
+        for load, requests, figures in loads
+    ]
+
+
+def mean_of(predictions: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure: a machine drifts between two profiles."""
+    return {name: fmean(each[name] for each in predictions) for name in predictions[0]}
 
 
 def _profile(scenario: Scenario, mode: Mode, cluster: RunningCluster) -> Profile:
+    print(f"{mode}: taking a profile", flush=True)
     config, gateway = scenario.config(mode), f"{cluster.host}:{cluster.port}"
     target = find_target(config, cluster.controller_address, gateway)
     name = f"{scenario.key}-{mode}"

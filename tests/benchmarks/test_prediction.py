@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from benchmarks.measures import RequestRecord
-from benchmarks.prediction import Comparison, measured, predict, render
+from benchmarks.prediction import Comparison, mean_of, measured, predict, render
 from benchmarks.run import LoadError
 from benchmarks.scenario import bundled
 from benchmarks.workload import PlannedRequest
@@ -29,6 +29,10 @@ def test_a_prediction_is_of_the_requests_that_are_sent() -> None:
     predicted = predict(bundled(), "colocated", PROFILE, requests)
     assert predicted["ttft_p50"] == pytest.approx(0.004 + 0.001 + 0.010 + 0.020 + 0.001)
     assert predicted["itl_p99"] == pytest.approx(0.010, rel=0.01)
+
+
+def test_predictions_from_two_profiles_are_averaged() -> None:
+    assert mean_of([{"ttft_p50": 1.0}, {"ttft_p50": 2.0}]) == {"ttft_p50": 1.5}
 
 
 def test_errors_are_signed_and_a_failed_request_fails_the_comparison() -> None:
