@@ -124,7 +124,7 @@ class DecodeWorker:
             self._preempted(self._by_sequence[sequence])
         for sequence in plan.admitted:
             self._admitted(self._by_sequence[sequence])
-        self._runtime.prepare_blocks()
+        self._runtime.start_copies()
         if self._runtime.scheduler.num_waiting:
             self._lender.keep_where_it_is()
         settled = self._pipeline.run(plan)

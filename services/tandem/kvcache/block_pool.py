@@ -55,11 +55,6 @@ class BlockPool:
         return blank + self.prefixes.num_evictable
 
     @property
-    def num_touched(self) -> int:
-        """Blocks that were ever used: those with a lower number."""
-        return self._num_touched
-
-    @property
     def num_blank(self) -> int:
         """Blocks with nothing in them that is worth keeping."""
         return self.num_blocks - self._num_touched + len(self._free)

@@ -6,7 +6,6 @@ one operation. A slot is the place of one token: `block * block_size + offset`.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Sequence
 from math import prod
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from tandem_kernels import kv_pack, kv_unpack
 
-_POPULATE = 23
-"""MADV_POPULATE_WRITE of Linux 5.14 and later."""
 COPY_BLOCKS = 32
 """Blocks that a copy between the tiers stages on the device at once."""
 
@@ -62,19 +59,6 @@ class KVStorage:
         head_dim]."""
         return self.kv[index, 0], self.kv[index, 1]
 
-    def make_pages(self, first: int, end: int) -> bool:
-        """Take the memory of blocks [first, end) from the machine now, not when they are first
-        written. Only on a CPU. Their content stays; other threads may use them meanwhile.
-
-        Returns False where the system cannot do so.
-        """
-        block_bytes = self.kv.stride(2) * self.dtype.itemsize
-        regions = self.kv.flatten(0, 1)
-        return all(
-            _populate(region.data_ptr() + first * block_bytes, (end - first) * block_bytes)
-            for region in regions
-        )
-
     def slots(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
         """Return the slots of tokens [start, end) of a sequence, int64 [end - start]."""
         positions = np.arange(start, end)  # a third of what torch takes for so little
@@ -108,15 +92,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     nbytes = prod(shape) * dtype.itemsize
     pages = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype, count=prod(shape)).view(shape)
-
-
-def _populate(address: int, nbytes: int) -> bool:
-    """Have the kernel make the pages of [address, address + nbytes), as if they were written."""
-    start = address // mmap.PAGESIZE * mmap.PAGESIZE
-    length = -(-(address + nbytes - start) // mmap.PAGESIZE) * mmap.PAGESIZE
-    # Python's own `madvise` keeps the interpreter to itself meanwhile.
-    libc = ctypes.CDLL(None)
-    return bool(libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE) == 0)
 
 
 class HostStorage:

@@ -70,7 +70,7 @@ class PrefillWorker:
         handoff, scheduler = self._handoff, self._runtime.scheduler
         handoff.offer()
         plan = scheduler.schedule(time.monotonic())
-        self._runtime.prepare_blocks()
+        self._runtime.start_copies()
         for sequence in plan.admitted:
             if not scheduler.is_restoring(sequence):
                 handoff.start(handoff.leg_of(sequence))

@@ -39,7 +39,6 @@ from tandem.worker.host_copier import HostCopier
 from tandem.worker.links import WorkerLinks
 from tandem.worker.liveness import check_incarnation
 from tandem.worker.metrics import WorkerMetrics
-from tandem.worker.page_maker import PageMaker
 from tandem.worker.ranks import RankAddress, WorkerRanks
 from tandem.worker.service import WorkerService
 from tandem.worker.shares import default_threads, neighbours_of
@@ -141,7 +140,6 @@ class WorkerRuntime:
         self.engine.warm_up()
         if self.overlaps:
             self.engine.compute_ahead(*cores[:1])
-        self._pages = PageMaker(self.name, storage) if self.device == "cpu" else None
         self._progress("ready", 1.0)
 
     def _load_engine(self) -> None:
@@ -205,8 +203,6 @@ class WorkerRuntime:
         """Drop what is in flight, end the streams, then the threads."""
         self.loop.post(self._role.drop_everything)
         self.loop.stop()
-        if self._pages is not None:
-            self._pages.stop()
         if self._ranks is not None:
             self._ranks.stop()
         self.events.run(self._server.stop(grace=0.5), timeout=5.0)
@@ -249,10 +245,8 @@ class WorkerRuntime:
         self.iterations += 1
         self.progress += 1
 
-    def prepare_blocks(self) -> None:
-        """See to the blocks of the last plan: their pages, and copies to and from host memory."""
-        if self._pages is not None:
-            self._pages.used(self.pool.num_touched)
+    def start_copies(self) -> None:
+        """Begin the copies to and from host memory that the last plan asks for."""
         copies = self.scheduler.take_copies()
         if copies and self._copier is not None:
             ready = self.engine.record_event()
