@@ -49,10 +49,8 @@ class Measurements:
     wire: list[tuple[int, float, float]] = field(default_factory=list)
     """(pieces, bytes, seconds) of the KV of one prompt."""
     sent_tokens: int = 0
-    lone: dict[int, float] = field(default_factory=dict)
-    """TTFT of a prompt by its length."""
     remote: dict[int, float] = field(default_factory=dict)
-    """The same of prompts that the prefill worker computed."""
+    """TTFT of a prompt that the prefill worker computed, by its length."""
 
 
 async def measure_profile(target: Target, name: str, say: Say) -> Profile:
@@ -64,8 +62,8 @@ async def measure_profile(target: Target, name: str, say: Say) -> Profile:
     prompts, found = Prompts(target.vocab_size), Measurements()
     await complete(target.endpoint, prompts.draw(_PROMPTS[2] + 1), 4)  # opens streams and links
     for length in _lengths(target):
-        await lone_prompts(target, prompts, length, found)
-        say(f"prompt of {length} tokens: {found.lone[length] * 1e3:.1f} ms to the first token")
+        seconds = await lone_prompts(target, prompts, length, found)
+        say(f"prompt of {length} tokens: {seconds * 1e3:.1f} ms to the first token")
     for size, context in _batches(target):
         batch = await _batch(target, prompts, size, context)
         found.batches.append(batch)
@@ -101,8 +99,8 @@ def _batches(target: Target) -> list[tuple[int, int]]:
     ]
 
 
-async def lone_prompts(target: Target, prompts: Prompts, length: int, found: Measurements) -> None:
-    """Measure the way to the first token, and what its KV took on the wire.
+async def lone_prompts(target: Target, prompts: Prompts, length: int, found: Measurements) -> float:
+    """Measure the way to the first token, and what its KV took on the wire; return the TTFT.
 
     Where a prompt is computed is the cluster's decision. One that both workers computed a part of
     tells nothing.
@@ -127,9 +125,9 @@ async def lone_prompts(target: Target, prompts: Prompts, length: int, found: Mea
     for role, seconds in measured.items():
         messages = 0 if target.prefill is None else 4 if role == "prefill" else 2
         found.samples.append(Sample(seconds, works[role], requests=1, messages=messages))
-    found.lone[length] = min(measured.values())
     if "prefill" in measured:
         found.remote[length] = measured["prefill"]
+    return min(measured.values())
 
 
 async def _complete_alone(target: Target, prompt: list[int]) -> tuple[Stream, Done]:
