@@ -1,15 +1,13 @@
 """Tandem's engine in process, without scheduler, cluster or network: MODEL_DIRECTORY THREADS."""
 
-import logging
-import sys
 import time
 from itertools import count
 from pathlib import Path
 
-import structlog
 import torch
 from protocol import Generate, serve
 
+from tandem.controller.logs import configure_logging
 from tandem.core.config import CacheConfig, ModelConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
@@ -23,10 +21,7 @@ TOKENS_PER_ITERATION = 1024
 
 def load(arguments: list[str]) -> tuple[str, Generate]:
     directory, threads = arguments
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    configure_logging("warning")
     torch.set_num_threads(int(threads))
     cache = CacheConfig(block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
     engine = Engine(Path(directory), ModelConfig(path=directory, dtype="bfloat16"), cache, "cpu")
