@@ -5,7 +5,6 @@ What a transfer sends: few large buffers in place of many small rows.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -15,17 +14,17 @@ def kv_pack(
     """Return a contiguous [num_layers, 2, len(slots), kv_heads, head_dim] copy of the KV at
     `slots`.
 
-    kv: [layers, 2, num_blocks, block_size, kv_heads, head_dim]; slots: int64 on kv's device.
-    `out`, if given, is filled and returned.
+    kv: [layers, 2, num_blocks, block_size, kv_heads, head_dim], of any strides; slots: int64 on
+    kv's device. `out`, if given, is filled and returned.
     """
-    layers = kv[first_layer : first_layer + num_layers].flatten(2, 3)
-    if out is None:
-        return layers.index_select(2, slots)
-    return torch.index_select(layers, 2, slots, out=out)
+    block, offset = slots // kv.shape[3], slots % kv.shape[3]
+    packed = kv[first_layer : first_layer + num_layers, :, block, offset]
+    return packed if out is None else out.copy_(packed)
 
 
 def kv_unpack(
     kv: Tensor, first_layer: int, num_layers: int, slots: Tensor, staging: Tensor
 ) -> None:
     """Write a packed buffer, shaped as `kv_pack` returns it, into the slots in place."""
-    kv[first_layer : first_layer + num_layers].flatten(2, 3).index_copy_(2, slots, staging)
+    block, offset = slots // kv.shape[3], slots % kv.shape[3]
+    kv[first_layer : first_layer + num_layers, :, block, offset] = staging

@@ -10,8 +10,9 @@ def kv_write(
 ) -> None:
     """Write key and value, [tokens, kv_heads, head_dim], at `slots`, int64 [tokens], in place.
 
-    Caches: [num_blocks, block_size, kv_heads, head_dim]. A slot is `block * block_size + offset`;
-    no slot may occur twice.
+    Caches: [num_blocks, block_size, kv_heads, head_dim], of any block stride. A slot is `block *
+    block_size + offset`; no slot may occur twice.
     """
-    key_cache.flatten(0, 1).index_copy_(0, slots, key)
-    value_cache.flatten(0, 1).index_copy_(0, slots, value)
+    block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
+    key_cache[block, offset] = key
+    value_cache[block, offset] = value

@@ -88,8 +88,8 @@ async def test_what_a_dead_prefill_worker_delivered_is_not_computed_again(
     make_config: MakeConfig, connect: Connect
 ) -> None:
     """Its successor fetches the kept KV from the decode worker and computes only the rest."""
-    (prompt,) = [random.Random(12).choices(range(3, 200), k=1000)]
-    config = make_config(scheduler={"chunk_size": 4}, lending={"mode": "threshold"}, **NO_PREFIXES)
+    prompt = random.Random(12).choices(range(3, 200), k=1000)
+    config = make_config(scheduler={"chunk_size": 2}, lending={"mode": "threshold"}, **NO_PREFIXES)
     async with (
         local_cluster(config, prefill=2, decode=1) as cluster,
         connect(cluster) as dispatcher,

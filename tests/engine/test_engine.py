@@ -152,8 +152,8 @@ def test_blocks_follow_from_memory(tiny_model: TinyModel) -> None:
     directory = tiny_model("llama")
     cache = CacheConfig(memory_bytes=2**20, block_size=16)
     engine = Engine(directory, ModelConfig(path=str(directory)), cache, "cpu")
-    assert engine.num_blocks == engine.storage.num_blocks == 2**20 // (16 * 2 * 3 * 2 * 8 * 4)
-    assert engine.storage.kv.nbytes <= 2**20
+    assert engine.num_blocks == engine.storage.num_blocks == 2**20 // (16 * 2 * 3 * 2 * 8 * 4 + 64)
+    assert engine.storage.memory.nbytes <= 2**20
 
 
 def test_too_little_memory_for_a_block_is_refused(tiny_model: TinyModel) -> None:
@@ -161,7 +161,7 @@ def test_too_little_memory_for_a_block_is_refused(tiny_model: TinyModel) -> None
     cache = CacheConfig(memory_bytes=2**20, block_size=256).model_copy(
         update={"memory_bytes": 1000}
     )
-    with pytest.raises(ConfigError, match=r"memory_bytes is 1000; allowed: at least 98304"):
+    with pytest.raises(ConfigError, match=r"memory_bytes is 1000; allowed: at least 98368"):
         Engine(directory, ModelConfig(path=str(directory)), cache, "cpu")
 
 

@@ -50,6 +50,13 @@ class Source:
         keep = torch.rand(*shape, generator=self.generator) < float(self.one_of(1.0, 0.5))  # type: ignore[arg-type]
         return (values * scale * keep).to(dtype)
 
+    def laid_out(self, kv: Tensor) -> Tensor:
+        """The same KV, [..., num_blocks, block_size, kv_heads, head_dim], plane by plane or, as
+        workers keep it, block by block."""
+        if self.one_of(0, 1):
+            return kv
+        return kv.movedim(-4, 0).contiguous().movedim(0, -4)
+
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.one_of(0, 1) else torch.bfloat16
 
@@ -126,7 +133,7 @@ def check_rotary(context: Context, source: Source) -> None:
     kv_heads, block_size = source.integer(1, 4), source.integer(1, 16)
     heads = kv_heads * source.integer(1, 4)
     batch = source.batch(64, block_size, 40)
-    cache = torch.zeros(2, 64, block_size, kv_heads, head_dim, dtype=dtype)
+    cache = source.laid_out(torch.zeros(2, 64, block_size, kv_heads, head_dim, dtype=dtype))
     projected = source.tensor(batch.num_tokens, heads + 2 * kv_heads, head_dim)
     norm = source.tensor(heads + kv_heads, head_dim, dtype=dtype) if source.one_of(0, 1) else None
     frequencies = 1e4 ** -torch.linspace(0, 1, head_dim // 2)
@@ -155,7 +162,7 @@ def check_attention(context: Context, source: Source) -> None:
     if not batch.num_tokens:
         return
     query = source.tensor(batch.num_tokens, heads, head_dim, dtype=dtype)
-    cache = source.tensor(2, 64, block_size, kv_heads, head_dim, dtype=dtype)
+    cache = source.laid_out(source.tensor(2, 64, block_size, kv_heads, head_dim, dtype=dtype))
     window = None if source.one_of(0, 1) else source.integer(1, 200)
     scale = head_dim**-0.5 / (1 + float(query.abs().max() * cache[0].abs().max()))
     actual = ops.paged_attention(context, query, cache[0], cache[1], batch, scale, window)
@@ -217,10 +224,9 @@ def check_truncated_draw(context: Context, source: Source) -> None:
 
 def check_kv_copy(context: Context, source: Source) -> None:
     layers, blocks, block_size = source.integer(1, 4), source.integer(1, 12), source.integer(1, 8)
-    kv = source.tensor(
-        *(layers, 2, blocks, block_size, source.integer(1, 3), source.integer(1, 40)),
-        dtype=source.dtype(),
-    )
+    heads, head_dim = source.integer(1, 3), source.integer(1, 40)
+    kv = source.tensor(layers, 2, blocks, block_size, heads, head_dim, dtype=source.dtype())
+    kv = source.laid_out(kv)
     slots = torch.randperm(blocks * block_size, generator=source.generator)
     slots = slots[: source.integer(0, len(slots))]
     if source.one_of(0, 1):
@@ -242,7 +248,7 @@ def check_forward(context: Context, source: Source) -> None:
     block_size, dtype = source.integer(1, 16), model.final_norm.dtype
     batch = source.batch(64, block_size, 150)
     shape = (len(model.layers), 2, 64, block_size, model.num_kv_heads, model.head_dim)
-    kv = source.tensor(*shape, dtype=dtype)
+    kv = source.laid_out(source.tensor(*shape, dtype=dtype))
     token_ids = torch.randint(
         model.embedding.outputs, (batch.num_tokens,), generator=source.generator
     )

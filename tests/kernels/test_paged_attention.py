@@ -43,7 +43,8 @@ def check(
     tables = [[order[block] for block in table] for table in tables]
 
     # What lies in the cache where nothing was written is arbitrary, but finite.
-    caches = torch.full((2, num_blocks, block_size, kv_heads, HEAD_DIM), 1e4)
+    # A block's keys and values follow each other, as in a worker's KV.
+    caches = torch.full((num_blocks, 2, block_size, kv_heads, HEAD_DIM), 1e4).transpose(0, 1)
     contexts = []
     for table, (start, length) in zip(tables, chunks, strict=True):
         shape = (2, start + length, kv_heads, HEAD_DIM)

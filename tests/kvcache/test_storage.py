@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.kvcache.storage import KVStorage
+from tandem.kvcache.storage import KVStorage, bytes_per_block
 
 
 def make_storage(num_blocks: int = 6, dtype: torch.dtype = torch.float32) -> KVStorage:
@@ -51,6 +51,21 @@ def test_kv_arrives_at_the_other_table(dtype: torch.dtype) -> None:
             assert torch.equal(ours.flatten(0, 1)[sent], theirs.flatten(0, 1)[received])
     receiver.unpack(0, 3, received, torch.zeros(3, 2, 8, 2, 5, dtype=dtype))
     assert not receiver.kv.any()
+
+
+def test_a_block_is_one_run_of_bytes() -> None:
+    storage = make_storage()
+    storage.unpack(0, 3, storage.slots([4], 0, 4), torch.ones(3, 2, 4, 2, 5))
+    assert storage.blocks.flatten(1).sum(1).tolist() == [0, 0, 0, 0, 240, 0]
+    assert storage.blocks[4].is_contiguous()
+    assert not storage.memory[:, storage.blocks[0].numel() :].any()
+
+
+def test_blocks_are_as_far_apart_as_is_said() -> None:
+    storage = make_storage()
+    apart = bytes_per_block(3, 4, 2, 5, torch.float32, torch.device("cpu"))
+    assert storage.blocks[1].data_ptr() - storage.blocks[0].data_ptr() == apart
+    assert storage.memory.nbytes == 6 * apart
 
 
 def test_bytes_per_token_is_what_the_tensor_takes() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tandem_kernels.cpu.library import load_library
+from tandem_kernels.cpu.library import CacheStruct, load_library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -71,6 +71,34 @@ def prefer_huge_pages(tensor: Tensor) -> None:
     library = load_library()
     if library is not None:
         library.tandem_prefer_huge_pages(address(tensor), tensor.numel() * tensor.element_size())
+
+
+def block_address(cache: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Return where the first block of [num_blocks, block_size, kv_heads, head_dim] lies. What is
+    between two blocks may be anything. Raises `ValueError` as `address` does."""
+    _check_blocks(cache, dtype)
+    return cache.data_ptr()
+
+
+def cache_struct(kv: Tensor, dtype: torch.dtype | None = None, unit: int = 1) -> CacheStruct:
+    """Describe the KV of all layers, [layers, 2, num_blocks, block_size, kv_heads, head_dim].
+
+    Keys and values of all layers must be evenly apart. Strides are in elements, or in as many bytes
+    as `unit` says an element has. Raises `ValueError` as `address` does.
+    """
+    _check_blocks(kv, dtype)
+    layer, plane, block = kv.stride()[:3]
+    if kv.shape[0] > 1 and layer != 2 * plane:
+        raise ValueError(f"KV of strides {kv.stride()} was given; allowed: layers evenly apart")
+    return CacheStruct(kv.data_ptr(), plane * unit, block * unit)
+
+
+def _check_blocks(cache: Tensor, dtype: torch.dtype | None) -> None:
+    _, kv_heads, head_dim = cache.shape[-3:]
+    if cache.stride()[-3:] != (kv_heads * head_dim, head_dim, 1) or cache.device.type != "cpu":
+        raise ValueError(f"a {cache.device.type} tensor of strides {cache.stride()} was given")
+    if dtype is not None and cache.dtype != dtype:
+        raise ValueError(f"dtype is {cache.dtype}; allowed: {dtype}")
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tandem_kernels.choice import Choice
-from tandem_kernels.cpu.context import Context, address, check, dtype_code
-from tandem_kernels.cpu.library import CacheStruct, LayerStruct, ModelStruct
+from tandem_kernels.cpu.context import Context, address, cache_struct, check, dtype_code
+from tandem_kernels.cpu.library import LayerStruct, ModelStruct
 from tandem_kernels.cpu.operations import BatchView, argmax, linear, sample_tokens
 from tandem_kernels.cpu.packing import PackedLinear
 from tandem_kernels.ragged_batch import RaggedBatch
@@ -86,9 +86,10 @@ class CompiledDecoder:
     ) -> Tensor:
         """Compute the tokens' KV and return the final hidden states of the wanted rows.
 
-        token_ids: int64 [tokens]; kv: [layers, 2, blocks, block_size, kv_heads, head_dim];
-        wanted_rows: int64 [rows], None for all. `stops` are layers after which `on_written` is
-        called with the layer's number: its KV and that of all before it is in place.
+        token_ids: int64 [tokens]; kv: [layers, 2, blocks, block_size, kv_heads, head_dim], of any
+        strides that `cache_struct` allows; wanted_rows: int64 [rows], None for all. `stops` are
+        layers after which `on_written` is called with the layer's number: its KV and that of all
+        before it is in place.
         """
         vocab = self._model.embedding.outputs
         if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab:
@@ -97,7 +98,7 @@ class CompiledDecoder:
         num_wanted = -1 if wanted_rows is None else rows
         hidden = torch.empty((rows, self._model.embedding.inputs), dtype=self._dtype)
         view = BatchView(batch)
-        cache = CacheStruct(address(kv, self._dtype), kv.shape[2])
+        cache = cache_struct(kv, self._dtype)
         last = len(self._model.layers) - 1
         first = 0
         for stop in sorted({*stops, last} if on_written is not None else {last}):

@@ -70,7 +70,7 @@ class BatchStruct(ctypes.Structure):
 
 
 class CacheStruct(ctypes.Structure):
-    _fields_ = (("kv", c_void_p), ("num_blocks", c_int64))
+    _fields_ = (("kv", c_void_p), ("plane_stride", c_int64), ("block_stride", c_int64))
 
 
 _P, _N = c_void_p, c_int64
@@ -86,11 +86,11 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "tandem_rms_norm": (None, (_P, _N, _P, _P, _N, _N, c_float, _P)),
     "tandem_rotary_kv_write": (
         None,
-        (_P, POINTER(ModelStruct), POINTER(LayerStruct), POINTER(BatchStruct), _P, _P, _P, _P),
+        (_P, POINTER(ModelStruct), POINTER(LayerStruct), POINTER(BatchStruct), _P, _P, _P, _P, _N),
     ),
     "tandem_paged_attention": (
         c_int,
-        (_P, _N, POINTER(BatchStruct), _P, _P, _P, _P, _N, _N, _N, c_float, _N),
+        (_P, _N, POINTER(BatchStruct), _P, _P, _P, _N, _P, _N, _N, _N, c_float, _N),
     ),
     "tandem_forward": (
         c_int,
@@ -100,7 +100,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         ),
     ),
     "tandem_choose": (c_int, (_P, _P, _N, _N, _P, _P, _P, _P, _P, _P, _P)),
-    "tandem_kv_copy": (None, (_P, _N, _N, _N, _N, _P, _N, _P, _N)),
+    "tandem_kv_copy": (None, (POINTER(CacheStruct), _N, _N, _N, _N, _P, _N, _P, _N)),
 }
 
 

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem_kernels.cpu.context import Context, address, check, dtype_code
+from tandem_kernels.cpu.context import (
+    Context,
+    address,
+    block_address,
+    cache_struct,
+    check,
+    dtype_code,
+)
 from tandem_kernels.cpu.library import (
     MOST_HEAD_DIM,
     BatchStruct,
@@ -109,7 +116,7 @@ def rotary_kv_write(
     context.library.tandem_rotary_kv_write(
         *(context.handle, model, layer, BatchView(batch).struct),
         *(address(projected, torch.float32), address(query)),
-        *(address(key_cache), address(value_cache, dtype)),
+        *(block_address(key_cache), block_address(value_cache, dtype), key_cache.stride(0)),
     )
     return query
 
@@ -132,7 +139,8 @@ def paged_attention(
     output = torch.empty_like(query)
     status = context.library.tandem_paged_attention(
         *(context.handle, dtype_code(dtype), view.struct, address(query)),
-        *(address(key_cache, dtype), address(value_cache, dtype), address(output)),
+        *(block_address(key_cache, dtype), block_address(value_cache, dtype)),
+        *(key_cache.stride(0), address(output)),
         *(heads, key_cache.shape[2], head_dim, scale, window or 0),
     )
     check(status)
@@ -192,7 +200,7 @@ def _kv_copy(
     if library is None:
         raise RuntimeError("the C++ kernels were not built when the package was installed")
     library.tandem_kv_copy(
-        *(address(kv), first, count, num_blocks * block_size),
+        *(cache_struct(kv, unit=kv.element_size()), first, count, block_size),
         *(kv_heads * head_dim * kv.element_size(), address(slots, torch.int64), len(slots)),
         *(address(staging, kv.dtype), int(into_cache)),
     )

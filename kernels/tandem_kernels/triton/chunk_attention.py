@@ -45,8 +45,8 @@ def chunk_attention(
     _chunk_kernel[(heads, len(sequences))](
         query, key_cache, value_cache, block_tables, sequences, offsets,
         query_starts, query_lens, context_lens, output,
-        scale * _LOG2_E, block_tables.stride(0), query.stride(0), query.stride(1),
-        BLOCK_SIZE=block_size, HEADS=heads, KV_HEADS=kv_heads,
+        scale * _LOG2_E, block_tables.stride(0), key_cache.stride(0), query.stride(0),
+        query.stride(1), BLOCK_SIZE=block_size, HEADS=heads, KV_HEADS=kv_heads,
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, ROWS=size, TILE=_keys_per_tile(block_dim, query),
         WINDOW=window or 0,
         WIDEN=interpreted(query.device) and query.dtype == torch.bfloat16,
@@ -64,7 +64,8 @@ def _keys_per_tile(block_dim: int, query: Tensor) -> int:
 @triton.jit(do_not_specialize=["table_stride"])
 def _chunk_kernel(
     query, key_cache, value_cache, block_tables, tile_sequences, tile_offsets,
-    query_starts, query_lens, context_lens, output, scale, table_stride, query_row, query_head,
+    query_starts, query_lens, context_lens, output, scale, table_stride, block_stride,
+    query_row, query_head,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, WIDEN: tl.constexpr,
@@ -99,13 +100,14 @@ def _chunk_kernel(
         for tile in range(masked):
             seen, best, weight = _see_tile(
                 q, seen, best, weight, tile, table, key_cache, value_cache, kv_head, position,
-                context, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE, WINDOW, WIDEN,
-                False,
+                context, scale, block_stride, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE,
+                WINDOW, WIDEN, False,
             )  # fmt: skip
     for tile in range(masked, tl.cdiv(end, TILE)):
         seen, best, weight = _see_tile(
             q, seen, best, weight, tile, table, key_cache, value_cache, kv_head, position,
-            context, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE, WINDOW, WIDEN, True,
+            context, scale, block_stride, BLOCK_SIZE, KV_HEADS, HEAD_DIM, BLOCK_DIM, TILE, WINDOW,
+            WIDEN, True,
         )  # fmt: skip
 
     seen = seen / tl.where(weight > 0.0, weight, 1.0)[:, None]
@@ -116,7 +118,7 @@ def _chunk_kernel(
 @triton.jit
 def _see_tile(
     q, seen, best, weight, tile, table, key_cache, value_cache, kv_head, position,
-    context, scale,
+    context, scale, block_stride,
     BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
@@ -135,8 +137,9 @@ def _see_tile(
         block = tl.load(table + key_position // BLOCK_SIZE)
         key_mask = inside[:, None]
         value_mask = inside[None, :]
-    line = (block * BLOCK_SIZE + key_position % BLOCK_SIZE) * KV_HEADS + kv_head
-    k = tl.load(key_cache + line[None, :] * HEAD_DIM + columns[:, None], mask=key_mask, other=0.0)
+    row = (key_position % BLOCK_SIZE * KV_HEADS + kv_head) * HEAD_DIM
+    line = block * block_stride + row
+    k = tl.load(key_cache + line[None, :] + columns[:, None], mask=key_mask, other=0.0)
     if WIDEN:  # the interpreter cannot multiply bfloat16
         k = k.to(tl.float32)
     scores = tl.dot(q, k, input_precision="ieee") * scale
@@ -151,9 +154,7 @@ def _see_tile(
         base = tl.where(highest > float("-inf"), highest, 0.0)
     kept = tl.exp2(best - base)
     p = tl.exp2(scores - base[:, None])
-    v = tl.load(
-        value_cache + line[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0
-    )
+    v = tl.load(value_cache + line[:, None] + columns[None, :], mask=value_mask, other=0.0)
     if WIDEN:
         v = v.to(tl.float32)
     seen = seen * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")

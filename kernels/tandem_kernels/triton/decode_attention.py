@@ -57,8 +57,8 @@ def decode_attention(
     _decode_kernel[(kv_heads, rows, splits)](
         query, key_cache, value_cache, block_tables, sequences, query_starts, context_lens,
         output, partial, log_sums,
-        scale * _LOG2_E, block_tables.stride(0), query.stride(0), query.stride(1), splits,
-        BLOCK_SIZE=block_size, KV_HEADS=kv_heads,
+        scale * _LOG2_E, block_tables.stride(0), key_cache.stride(0), query.stride(0),
+        query.stride(1), splits, BLOCK_SIZE=block_size, KV_HEADS=kv_heads,
         GROUP=group, BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, TILE=_tile(block_dim, query),
         WINDOW=window or 0,
@@ -83,7 +83,7 @@ def _tile(block_dim: int, query: Tensor) -> int:
 @triton.jit(do_not_specialize=["table_stride", "splits"])
 def _decode_kernel(
     query, key_cache, value_cache, block_tables, sequences, query_starts, context_lens,
-    output, partial, log_sums, scale, table_stride, query_row, query_head, splits,
+    output, partial, log_sums, scale, table_stride, block_stride, query_row, query_head, splits,
     BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
@@ -112,7 +112,7 @@ def _decode_kernel(
     for tile in range(first_tile, end_tile):
         seen, best, weight = _see_tile(
             q, seen, best, weight, tile, first, context, table, key_cache, value_cache, kv_head,
-            columns, scale, BLOCK_SIZE, KV_HEADS, HEAD_DIM, TILE, WIDEN,
+            columns, scale, block_stride, BLOCK_SIZE, KV_HEADS, HEAD_DIM, TILE, WIDEN,
         )  # fmt: skip
 
     seen = seen / tl.where(weight > 0.0, weight, 1.0)[:, None]
@@ -141,7 +141,7 @@ def _part(context, split, splits, TILE: tl.constexpr, WINDOW: tl.constexpr):
 @triton.jit
 def _see_tile(
     q, seen, best, weight, tile, first, context, table, key_cache, value_cache, kv_head,
-    columns, scale,
+    columns, scale, block_stride,
     BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -149,9 +149,10 @@ def _see_tile(
     position = tile * TILE + tl.arange(0, TILE)
     visible = (position >= first) & (position < context)
     block = tl.load(table + position // BLOCK_SIZE, mask=visible, other=0)
-    line = (block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head
+    row = (position % BLOCK_SIZE * KV_HEADS + kv_head) * HEAD_DIM
+    line = block * block_stride + row
     k = tl.load(
-        key_cache + line[None, :] * HEAD_DIM + columns[:, None],
+        key_cache + line[None, :] + columns[:, None],
         mask=visible[None, :] & (columns < HEAD_DIM)[:, None],
         other=0.0,
     )
@@ -163,7 +164,7 @@ def _see_tile(
     kept = tl.exp2(best - highest)
     p = tl.exp2(scores - highest[:, None])
     v = tl.load(
-        value_cache + line[:, None] * HEAD_DIM + columns[None, :],
+        value_cache + line[:, None] + columns[None, :],
         mask=visible[:, None] & (columns < HEAD_DIM)[None, :],
         other=0.0,
     )

@@ -26,8 +26,9 @@ def kv_pack(
     """Return a contiguous [num_layers, 2, len(slots), num_heads, head_dim] copy of the KV at
     `slots`.
 
-    kv: [layers, 2, num_blocks, block_size, kv_heads, head_dim], contiguous; slots: int64 on kv's
-    device; num_heads None: all from first_head on. `out`, if given, is filled and returned.
+    kv: [layers, 2, num_blocks, block_size, kv_heads, head_dim], blocks contiguous and keys and
+    values of all layers evenly apart; slots: int64 on kv's device; num_heads None: all from
+    first_head on. `out`, if given, is filled and returned.
     """
     kv_heads, head_dim = kv.shape[4:]
     heads = kv_heads - first_head if num_heads is None else num_heads
@@ -59,7 +60,8 @@ def kv_write(
 ) -> None:
     """Write key and value, [tokens, kv_heads, head_dim], at `slots`, int64 [tokens], in place.
 
-    Caches: [num_blocks, block_size, kv_heads, head_dim], contiguous. No slot may occur twice.
+    Caches: [num_blocks, block_size, kv_heads, head_dim], of any block stride. No slot may occur
+    twice.
     """
     for cache, rows in ((key_cache, key), (value_cache, value)):
         _move(cache[None, None], slots, rows.contiguous()[None, None], 0, gather=False)
@@ -80,7 +82,9 @@ def _move(kv: Tensor, slots: Tensor, packed: Tensor, first_head: int, *, gather:
         slots,
         packed,
         count,
-        kv[0, 0].numel(),
+        kv.stride(1),
+        kv.stride(2),
+        kv.shape[3],
         kv.shape[4] * head_dim,
         first_head * head_dim,
         columns,
@@ -98,6 +102,8 @@ def _move_kernel(
     packed,
     count,
     plane_stride,
+    block_stride,
+    block_size,
     slot_stride,
     first_column,
     num_columns,
@@ -110,7 +116,8 @@ def _move_kernel(
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     slot = tl.load(slots + rows, mask=rows < count, other=-1)
     inside = (slot >= 0)[:, None] & (columns < num_columns)[None, :]
-    place = kv + plane * plane_stride + slot[:, None] * slot_stride + first_column
+    line_of_slot = slot // block_size * block_stride + slot % block_size * slot_stride
+    place = kv + plane * plane_stride + line_of_slot[:, None] + first_column
     place += columns[None, :]
     line = packed + (plane * count + rows[:, None]) * num_columns + columns[None, :]
     if GATHER:

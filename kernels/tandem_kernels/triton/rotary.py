@@ -34,7 +34,7 @@ def rotary_kv_write(
 
     heads: [tokens, heads + kv_heads, head_dim], queries then keys; value: [tokens, kv_heads,
     head_dim], both with contiguous heads and any other strides; caches: [num_blocks, block_size,
-    kv_heads, head_dim], contiguous; slots: int64 [tokens].
+    kv_heads, head_dim], of any block stride; slots: int64 [tokens].
     """
     heads, value = _with_contiguous_heads(heads), _with_contiguous_heads(value)
     num_heads = heads.shape[1] - value.shape[1]
@@ -65,8 +65,8 @@ def _launch(
         return
     _rotary_kernel[(tokens, triton.cdiv(heads + kv_heads, _HEADS_PER_PROGRAM))](
         query, key, value, cos.contiguous(), sin.contiguous(), key_cache, value_cache, slots, out,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        HEADS=heads, KV_HEADS=kv_heads,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], key_cache.stride(0),
+        BLOCK_SIZE=key_cache.shape[1], HEADS=heads, KV_HEADS=kv_heads,
         HALF=head_dim // 2, BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         BLOCK_HEADS=_HEADS_PER_PROGRAM, num_warps=2,
     )  # fmt: skip
@@ -75,8 +75,8 @@ def _launch(
 @triton.jit
 def _rotary_kernel(
     query, key, value, cos, sin, key_cache, value_cache, slots, out,
-    query_row, query_head, key_row, key_head, value_row, value_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    query_row, query_head, key_row, key_head, value_row, value_head, block_stride,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -104,7 +104,8 @@ def _rotary_kernel(
         source = key + token * key_row + kv_head * key_head + columns
         first = tl.load(source, mask=is_key, other=0.0).to(tl.float32)
         second = tl.load(source + HALF, mask=is_key, other=0.0).to(tl.float32)
-        place = (slot * KV_HEADS + kv_head) * (2 * HALF) + columns
+        place = slot // BLOCK_SIZE * block_stride + columns
+        place += (slot % BLOCK_SIZE * KV_HEADS + kv_head) * (2 * HALF)
         tl.store(key_cache + place, (first * cosine - second * sine).to(dtype), mask=is_key)
         tl.store(key_cache + place + HALF, (second * cosine + first * sine).to(dtype), mask=is_key)
         source = value + token * value_row + kv_head * value_head + columns

@@ -15,7 +15,7 @@ from tandem.core.config import CacheConfig
 from tandem.core.errors import ConfigError
 from tandem.engine.memory import available_memory, readable
 from tandem.engine.spec import ModelSpec
-from tandem.kvcache.storage import bytes_per_token
+from tandem.kvcache.storage import bytes_per_block
 
 log = structlog.get_logger(__name__)
 
@@ -61,10 +61,10 @@ def measure_kv_capacity(
 
     Raises `ConfigError` if that is not one block. Warns if it is less than the model's context.
     """
-    token_bytes = bytes_per_token(
-        spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.torch_dtype
+    block_bytes = bytes_per_block(
+        *(spec.num_layers, cache.block_size, spec.num_kv_heads, spec.head_dim),
+        *(spec.torch_dtype, device),
     )
-    block_bytes = token_bytes * cache.block_size
     if cache.num_blocks:
         number, source = cache.num_blocks, "cache.num_blocks"
     elif cache.memory_bytes:

@@ -71,7 +71,7 @@ def load_model(
     capacity = replace(capacity, num_blocks=ranks.smallest(capacity.num_blocks))
     storage = _make_storage(held, capacity.num_blocks, cache.block_size, device)
     if not isinstance(decoder, Decoder):
-        prefer_huge_pages(storage.kv)
+        prefer_huge_pages(storage.memory)
     return LoadedModel(decoder, storage, capacity, seconds)
 
 

@@ -1,7 +1,9 @@
 """The tensors that hold keys and values. Knows blocks and slots; not who owns them (`block_pool`).
 
 One tensor holds every layer, so that any layer range of any tokens can be packed for a transfer in
-one operation. A slot is the place of one token: `block * block_size + offset`.
+one operation. A block is one run of bytes over all layers: one copy takes it to host memory, and
+memory that is first written comes a few blocks at a time, not a page for each layer at once. A slot
+is the place of one token: `block * block_size + offset`.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from torch import Tensor
 
 from tandem_kernels import kv_pack, kv_unpack
 
-COPY_BLOCKS = 32
-"""Blocks that a copy between the tiers stages on the device at once."""
+_CACHE_LINE = 64
+"""Bytes between two blocks on a CPU. The blocks of one layer would lie a multiple of a large power
+of two apart otherwise, and compete for the same places in the caches: decode with long contexts
+reads up to a tenth faster so (docs/kernels.md)."""
 
 
 class KVStorage:
-    """KV of `num_blocks` blocks: `kv` [num_layers, 2, num_blocks, block_size, num_kv_heads,
-    head_dim].
+    """KV of `num_blocks` blocks: `blocks` [num_blocks, num_layers, 2, block_size, num_kv_heads,
+    head_dim], each block contiguous, and `kv`, the same [num_layers, 2, num_blocks, ...].
 
     Different threads may read and write different slots at once; who may touch which slot is the
     block pool's decision.
@@ -38,21 +42,25 @@ class KVStorage:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        device = torch.device(device)
+        stride = bytes_per_block(num_layers, block_size, num_kv_heads, head_dim, dtype, device)
         # Zeros: masked keys count for nothing, but only if what is masked is a finite number.
-        shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
-        self.kv = _zeros(shape, dtype, torch.device(device))
+        self.memory = _zeros((num_blocks, stride // dtype.itemsize), dtype, device)
+        shape = (num_layers, 2, block_size, num_kv_heads, head_dim)
+        self.blocks = self.memory[:, : prod(shape)].view(num_blocks, *shape)
+        self.kv = self.blocks.permute(1, 2, 0, 3, 4, 5)
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.dtype = dtype
-        self.device = self.kv.device
+        self.device = self.memory.device
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of KV that one token takes over all layers."""
-        return bytes_per_token(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of one layer, each [num_blocks, block_size, num_kv_heads,
@@ -95,47 +103,37 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class HostStorage:
-    """KV of blocks in host memory: `kv` [num_blocks, num_layers, 2, block_size, num_kv_heads,
-    head_dim], so that a block is one run of bytes. Pinned where the device is CUDA.
+    """KV of blocks in host memory: `blocks`, shaped as the device's. Pinned where that is CUDA.
 
     Copies leave the device in the order of the current stream; on CPUs they are done on return.
     """
 
     def __init__(self, device: KVStorage, num_blocks: int) -> None:
-        layers, two, _, *block = device.kv.shape
-        self._device_kv = device.kv
-        self._is_cuda = device.device.type == "cuda"
+        self._device_blocks = device.blocks
         self.num_blocks = num_blocks
-        self.kv = torch.empty(
-            (num_blocks, layers, two, *block), dtype=device.dtype, pin_memory=self._is_cuda
-        )
+        shape = (num_blocks, *device.blocks.shape[1:])
+        is_cuda = device.device.type == "cuda"
+        self.blocks = torch.empty(shape, dtype=device.dtype, pin_memory=is_cuda)
 
     def copy_out(self, device_blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
-        """Copy blocks of the device, up to `COPY_BLOCKS` of which are staged there at a time."""
-        for start in range(0, len(device_blocks), COPY_BLOCKS):
-            index = self._index(device_blocks[start : start + COPY_BLOCKS])
-            staged = self._device_kv.index_select(2, index).permute(2, 0, 1, 3, 4, 5).contiguous()
-            for row, block in zip(staged, host_blocks[start : start + COPY_BLOCKS], strict=True):
-                self.kv[block].copy_(row, non_blocking=True)
+        """Copy blocks of the device to blocks here, one to one."""
+        for source, target in zip(device_blocks, host_blocks, strict=True):
+            self.blocks[target].copy_(self._device_blocks[source], non_blocking=True)
 
     def copy_in(self, host_blocks: Sequence[int], device_blocks: Sequence[int]) -> None:
-        """Copy blocks to the device, staged as in `copy_out`."""
-        for start in range(0, len(host_blocks), COPY_BLOCKS):
-            chosen = host_blocks[start : start + COPY_BLOCKS]
-            staged = torch.empty(
-                (len(chosen), *self.kv.shape[1:]),
-                dtype=self.kv.dtype,
-                device=self._device_kv.device,
-            )
-            for row, block in zip(staged, chosen, strict=True):
-                row.copy_(self.kv[block], non_blocking=True)
-            index = self._index(device_blocks[start : start + COPY_BLOCKS])
-            self._device_kv.index_copy_(2, index, staged.permute(1, 2, 0, 3, 4, 5))
-
-    def _index(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self._device_kv.device)
+        """Copy blocks from here to blocks of the device, one to one."""
+        for source, target in zip(host_blocks, device_blocks, strict=True):
+            self._device_blocks[target].copy_(self.blocks[source], non_blocking=True)
 
 
-def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return the bytes of KV that one token takes over all layers."""
-    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+def bytes_per_block(
+    num_layers: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Return the bytes from one block of a `KVStorage` to the next."""
+    numbers = 2 * num_layers * block_size * num_kv_heads * head_dim
+    return numbers * dtype.itemsize + (_CACHE_LINE if device.type == "cpu" else 0)

@@ -70,7 +70,8 @@ def call_everything(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
     kernels.rms_norm(x, weight, 1e-5)
     kernels.add_rms_norm(x, x, weight, 1e-5)
     kernels.silu_mul(x)
-    kv = meta(2, 2, 64, 16, kv_heads, head_dim, dtype=dtype)
+    blocks = meta(64, 2, 2, 16, kv_heads, head_dim, dtype=dtype)
+    kv = blocks.permute(1, 2, 0, 3, 4, 5)
     qkv = meta(32, heads + 2 * kv_heads, head_dim, dtype=dtype)
     cos = meta(32, 1, head_dim // 2, dtype=dtype)
     parts = qkv[:, :-kv_heads], qkv[:, -kv_heads:]

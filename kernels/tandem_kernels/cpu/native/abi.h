@@ -61,10 +61,13 @@ struct TandemBatch {
   const int64_t* slots;
 };
 
-// kv: [num_layers, 2, num_blocks, block_size, kv_heads, head_dim]
+// A plane is one layer's keys, or its values, of all blocks: [num_blocks][block_size, kv_heads,
+// head_dim], blocks `block_stride` elements apart. Plane 2 * layer holds keys, the next one values;
+// they begin `plane_stride` elements apart.
 struct TandemCache {
   void* kv;
-  int64_t num_blocks;
+  int64_t plane_stride;
+  int64_t block_stride;
 };
 
 #ifdef __cplusplus

@@ -3,6 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -149,16 +150,16 @@ void tandem_rms_norm(Context* context, int64_t dtype, const float* x, const void
 
 void tandem_rotary_kv_write(Context* context, const TandemModel* model, const TandemLayer* layer,
                             const TandemBatch* batch, const float* projected, void* query,
-                            void* keys, void* values) {
+                            void* keys, void* values, int64_t block_stride) {
   context->kernels->rotary_kv_write(context->team, context->scratch, *model, *layer, *batch,
-                                    projected, query, keys, values);
+                                    projected, query, keys, values, block_stride);
 }
 
 int tandem_paged_attention(Context* context, int64_t dtype, const TandemBatch* batch,
-                           const void* query, const void* keys, const void* values, void* output,
-                           int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
-                           int64_t window) {
-  const tandem::Attention attention{batch, query,    keys,     values, output,
+                           const void* query, const void* keys, const void* values,
+                           int64_t block_stride, void* output, int64_t heads, int64_t kv_heads,
+                           int64_t head_dim, float scale, int64_t window) {
+  const tandem::Attention attention{batch, query,    keys,     values, block_stride, output,
                                     heads, kv_heads, head_dim, scale,  window};
   return tandem::guarded([&] {
     context->kernels->attention(context->team, context->scratch, dtype, attention);
@@ -185,17 +186,19 @@ int tandem_choose(Context* context, const float* logits, int64_t rows, int64_t v
       [&] { context->kernels->choose(context->team, context->scratch, choice); });
 }
 
-// Copy the KV of tokens at `slots` out of the cache, [layers, 2, slots_per_layer, token bytes], into
-// staging, [layers, 2, num_slots, token bytes], or back. Needs no context: any thread may call.
-void tandem_kv_copy(char* kv, int64_t first_layer, int64_t num_layers, int64_t slots_per_layer,
-                    int64_t token_bytes, const int64_t* slots, int64_t num_slots, char* staging,
-                    int64_t into_cache) {
-  for (int64_t half = 2 * first_layer; half < 2 * (first_layer + num_layers); ++half) {
-    char* cache = kv + half * slots_per_layer * token_bytes;
+// Copy the KV of tokens at `slots` out of the cache, whose elements are bytes here, into staging,
+// [layers, 2, num_slots, token bytes], or back. Needs no context: any thread may call.
+void tandem_kv_copy(const TandemCache* cache, int64_t first_layer, int64_t num_layers,
+                    int64_t block_size, int64_t token_bytes, const int64_t* slots,
+                    int64_t num_slots, char* staging, int64_t into_cache) {
+  for (int64_t plane = 2 * first_layer; plane < 2 * (first_layer + num_layers); ++plane) {
+    char* blocks = static_cast<char*>(cache->kv) + plane * cache->plane_stride;
     for (int64_t i = 0, run; i < num_slots; i += run, staging += run * token_bytes) {
+      const int64_t block = slots[i] / block_size, offset = slots[i] % block_size;
+      const int64_t most = std::min(block_size - offset, num_slots - i);
       run = 1;
-      while (i + run < num_slots && slots[i + run] == slots[i] + run) ++run;
-      char* at = cache + slots[i] * token_bytes;
+      while (run < most && slots[i + run] == slots[i] + run) ++run;
+      char* at = blocks + block * cache->block_stride + offset * token_bytes;
       std::memcpy(into_cache ? at : staging, into_cache ? staging : at,
                   static_cast<size_t>(run * token_bytes));
     }

@@ -24,7 +24,7 @@ static void find_rows(const Attention& a, const Unit& unit, int64_t tile, int64_
   rows.padded = (rows.used + kPanel - 1) / kPanel * kPanel;
   int64_t block = begin / batch.block_size, offset = begin % batch.block_size;
   for (int64_t key = 0; key < rows.used; ++block, offset = 0) {
-    int64_t at = (table[block] * batch.block_size + offset) * step + unit.kv_head * a.head_dim;
+    int64_t at = table[block] * a.block_stride + offset * step + unit.kv_head * a.head_dim;
     for (; offset < batch.block_size && key < rows.used; ++offset, ++key, at += step) {
       rows.keys[key] = static_cast<const T*>(a.keys) + at;
       rows.values[key] = static_cast<const T*>(a.values) + at;

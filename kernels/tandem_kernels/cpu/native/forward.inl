@@ -43,18 +43,18 @@ static void layer_phases(Member& member, const ForwardState<T>& state, int64_t i
   int64_t rows = f.batch->num_tokens;
   float* residual = scratch.residual.as<float>();
   T* normed = scratch.normed.as<T>();
-  const int64_t cache_layer = f.cache->num_blocks * f.batch->block_size * model.kv_heads * model.head_dim;
-  T* keys = static_cast<T*>(f.cache->kv) + 2 * index * cache_layer;
+  T* keys = static_cast<T*>(f.cache->kv) + 2 * index * f.cache->plane_stride;
+  T* values = keys + f.cache->plane_stride;
 
   norm_phase<T>(member, residual, layer.attention_norm, rows, model.hidden, eps, normed);
   linear_phase<T, false>(member, scratch, layer.qkv, normed, rows, scratch.projected.as<float>());
   rotary_kv_phase<T>(member, model, layer, *f.batch, scratch.angles.as<float>(), scratch.projected.as<float>(),
-                     scratch.query.as<T>(), keys, keys + cache_layer);
+                     scratch.query.as<T>(), keys, values, f.cache->block_stride);
   const bool last = index == model.num_layers - 1;
   if (last && f.num_wanted == 0) return;
   Attention attention = state.attention;
   attention.keys = keys;
-  attention.values = keys + cache_layer;
+  attention.values = values;
   attention.window = layer.window;
   attention_phase<T>(member, scratch, attention,
                      *find_window(scratch.windows.as<WindowUnits>(), state.num_windows, layer.window));
@@ -105,8 +105,8 @@ static void run_forward(Team& team, Scratch& scratch, const Forward& f) {
   scratch.packed.reserve(packed_bytes<T>(rows, widest));
   if (f.num_wanted >= 0) scratch.gathered.reserve(f.num_wanted * (m.hidden * 4 + attended * size) + 64);
   ForwardState<T> state{scratch, f, 0, {}};
-  state.attention = {f.batch, scratch.query.as<T>(), nullptr, nullptr, scratch.seen.as<T>(),
-                     m.heads, m.kv_heads, m.head_dim,
+  state.attention = {f.batch, scratch.query.as<T>(), nullptr, nullptr, f.cache->block_stride,
+                     scratch.seen.as<T>(), m.heads, m.kv_heads, m.head_dim,
                      1.0f / __builtin_sqrtf(static_cast<float>(m.head_dim)), 0};
   scratch.windows.reserve(f.num_layers * static_cast<int64_t>(sizeof(WindowUnits)));
   WindowUnits* windows = scratch.windows.as<WindowUnits>();

@@ -94,6 +94,7 @@ struct Attention {
   const void* query;
   const void* keys;
   const void* values;
+  int64_t block_stride;
   void* output;
   int64_t heads;
   int64_t kv_heads;
@@ -127,7 +128,8 @@ struct Kernels {
   void (*rms_norm)(Team&, int64_t dtype, const float* x, const void* weight, int64_t rows,
                    int64_t width, float eps, void* out);
   void (*rotary_kv_write)(Team&, Scratch&, const TandemModel&, const TandemLayer&, const TandemBatch&,
-                          const float* projected, void* query, void* keys, void* values);
+                          const float* projected, void* query, void* keys, void* values,
+                          int64_t block_stride);
   void (*attention)(Team&, Scratch&, int64_t dtype, const Attention&);
   void (*forward)(Team&, Scratch&, const Forward&);
   void (*choose)(Team&, Scratch&, const Choice&);

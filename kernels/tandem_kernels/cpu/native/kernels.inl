@@ -107,6 +107,7 @@ struct RotaryCall {
   const TandemBatch& batch;
   const float* projected;
   void *query, *keys, *values;
+  int64_t block_stride;
 };
 
 template <class T>
@@ -114,14 +115,15 @@ void rotary_region(Member& member, void* argument) {
   const RotaryCall& c = *static_cast<const RotaryCall*>(argument);
   angle_phase(member, c.model, c.batch, c.angles);
   rotary_kv_phase<T>(member, c.model, c.layer, c.batch, c.angles, c.projected, static_cast<T*>(c.query),
-                     static_cast<T*>(c.keys), static_cast<T*>(c.values));
+                     static_cast<T*>(c.keys), static_cast<T*>(c.values), c.block_stride);
 }
 
 void rotary_kv_write(Team& team, Scratch& scratch, const TandemModel& model, const TandemLayer& layer,
                      const TandemBatch& batch, const float* projected, void* query, void* keys,
-                     void* values) {
+                     void* values, int64_t block_stride) {
   scratch.angles.reserve(batch.num_tokens * model.head_dim * 4);
-  RotaryCall call{scratch.angles.as<float>(), model, layer, batch, projected, query, keys, values};
+  RotaryCall call{scratch.angles.as<float>(), model, layer, batch, projected, query, keys, values,
+                  block_stride};
   team.run(model.dtype == TANDEM_BFLOAT16 ? rotary_region<bf16> : rotary_region<float>, &call);
 }
 

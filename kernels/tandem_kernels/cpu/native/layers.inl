@@ -83,14 +83,16 @@ static void angle_phase(Member& member, const TandemModel& model, const TandemBa
 template <class T>
 static void rotary_kv_phase(Member& member, const TandemModel& model, const TandemLayer& layer,
                             const TandemBatch& batch, const float* angles, const float* projected,
-                            T* query, T* keys, T* values) {
+                            T* query, T* keys, T* values, int64_t block_stride) {
   const int64_t width = model.head_dim, half = width / 2;
   const int64_t heads = model.heads, kv_heads = model.kv_heads;
   float head[TANDEM_MOST_HEAD_DIM];
   row_phase(member, batch.num_tokens, [&](int64_t row) {
     const float* x = projected + row * (heads + 2 * kv_heads) * width;
     const float *cosines = angles + row * width, *sines = cosines + half;
-    T* key_out = keys + batch.slots[row] * kv_heads * width;
+    const int64_t slot = batch.slots[row];
+    const int64_t at = slot / batch.block_size * block_stride + slot % batch.block_size * kv_heads * width;
+    T* key_out = keys + at;
     for (int64_t h = 0; h < heads + kv_heads; ++h) {
       const float* from = x + h * width;
       if (layer.head_norm != nullptr) {
@@ -103,7 +105,7 @@ static void rotary_kv_phase(Member& member, const TandemModel& model, const Tand
       rotate_head(from, cosines, sines, half, to);
     }
     const float* from = x + (heads + kv_heads) * width;
-    T* value_out = values + batch.slots[row] * kv_heads * width;
+    T* value_out = values + at;
     int64_t i = 0;
     for (; i + VW <= kv_heads * width; i += VW) narrow_lanes(load<vf>(from + i), value_out + i);
     for (; i < kv_heads * width; ++i) narrow(from[i], value_out + i);
