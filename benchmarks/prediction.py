@@ -2,8 +2,8 @@
 
 For each way of serving it starts a cluster, replays arrivals on it at several loads, and the same
 arrivals in the simulator, with the mean of two profiles that `tandem profile`'s own code took of
-the cluster before and after. Nothing is fitted to the replays. Writes a table and the raw figures
-beside the other benchmarks' results.
+the cluster just before and just after. Nothing is fitted to the replays. Writes a table and the raw
+figures beside the other benchmarks' results.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -95,7 +96,7 @@ def _rates(text: str) -> tuple[float, ...]:
 def _compare(
     scenario: Scenario, mode: Mode, options: argparse.Namespace, results: Path
 ) -> list[Comparison]:
-    """Replay every load on one cluster, between two profiles of it, and predict from both."""
+    """Replay every load on one cluster, each between two profiles, and predict from these."""
     loads = []
     with running_cluster(scenario.config(mode)) as cluster:
         profiles = [_profile(scenario, mode, cluster)]
@@ -106,19 +107,19 @@ def _compare(
             print(f"{mode}: {len(requests)} requests, {rate:g} a second", flush=True)
             records, _ = replay(load, cluster, _distinct(requests, rate), CLIENT_NICENESS)
             loads.append((load, requests, measured(records)))
-        profiles.append(_profile(scenario, mode, cluster))
+            profiles.append(_profile(scenario, mode, cluster))
     results.mkdir(parents=True, exist_ok=True)
-    for profile, when in zip(profiles, ("before", "after"), strict=True):
-        save_profile(profile, results / f"profile-{scenario.key}-{mode}-{when}.yaml")
+    for number, profile in enumerate(profiles):
+        save_profile(profile, results / f"profile-{scenario.key}-{mode}-{number}.yaml")
     return [
         Comparison(
             mode,
             load.rate,
             len(requests),
             figures,
-            mean_of([predict(load, mode, profile, requests) for profile in profiles]),
+            mean_of([predict(load, mode, profile, requests) for profile in around]),
         )
-        for load, requests, figures in loads
+        for (load, requests, figures), around in zip(loads, pairwise(profiles), strict=True)
     ]
 
 
