@@ -255,11 +255,14 @@ def advised_move(
 def may_change_places(plan: IterationPlan, scheduler: Scheduler) -> bool:
     """Whether a decode worker's iteration may be why a prompt should be computed elsewhere now.
 
-    Not if there was no prompt in it and none waits: then all are elsewhere, and decode steps, which
-    take longer from token to token, only speak for leaving them there. What speaks for fetching
-    them is news of other kinds: a sequence or a leg ends, a prefill worker reports.
+    Not if there was no prompt in it and none waits to be computed here: then all are elsewhere, and
+    decode steps, which take longer from token to token, only speak for leaving them there. So does
+    a prompt that is done elsewhere and decodes here from now on. What speaks for fetching them is
+    news of other kinds: a sequence ends, a leg ends early, a prefill worker reports.
     """
-    return plan.num_tokens > len(plan.chunks) or bool(scheduler.waiting)
+    if plan.num_tokens > len(plan.chunks):
+        return True
+    return any(not sequence.remote for sequence in islice(scheduler.waiting, MOST_PROMPTS))
 
 
 def may_keep(

@@ -133,7 +133,7 @@ class SimulatedDecode:
         """Let a request decode that has both; until then it changes nothing for the others."""
         if not (leg.first_token_at and leg.has_landed):
             return False
-        self._end_leg(flight)
+        self._end_leg(flight, early=False)
         self._loop.scheduler.preemption.prefilled(
             leg.num_tokens - leg.held_tokens, self._clock.now - leg.granted_at
         )
@@ -144,16 +144,18 @@ class SimulatedDecode:
             self._loop.scheduler.join(flight.sequence)
         return True
 
-    def _end_leg(self, flight: Flight) -> None:
+    def _end_leg(self, flight: Flight, *, early: bool) -> None:
+        """`early`: the prompt is not computed, so others may be computed sooner elsewhere."""
         if flight.prefill is not None and flight.leg is not None:
             self._legs_on[flight.prefill] -= 1
             del self.legs[flight]
             flight.leg = None
-            self._lender.news()
+            if early:
+                self._lender.news()
 
     def prefill_failed(self, flight: Flight) -> None:
         """The prefill worker is too full for the leg after all: compute what is missing here."""
-        self._end_leg(flight)
+        self._end_leg(flight, early=True)
         if flight.sequence.phase == "receiving":
             self._loop.scheduler.fall_back(flight.sequence)
         else:
@@ -210,7 +212,7 @@ class SimulatedDecode:
         """Drop a leg that has not been granted."""
         if leg.was_asked and flight.prefill is not None:
             self._clock.after(self._rpc_seconds, flight.prefill.cancel, flight, leg)
-        self._end_leg(flight)
+        self._end_leg(flight, early=True)
 
     def preempted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
@@ -281,7 +283,7 @@ class SimulatedDecode:
     def was_cut(self, flight: Flight, leg: SimulatedLeg, num_tokens: int) -> None:
         """What was computed of a leg has landed: go on from there."""
         if flight.leg is leg:
-            self._end_leg(flight)
+            self._end_leg(flight, early=True)
             self._loop.scheduler.landed(flight.sequence, num_tokens)
             self._loop.scheduler.fall_back(flight.sequence)
             self._loop.wake()
@@ -292,7 +294,7 @@ class SimulatedDecode:
             self._gateway.report.kept_tokens += 1
             self._token(flight)
             if flight.sequence.phase == "finished":
-                self._end_leg(flight)
+                self._end_leg(flight, early=False)
             self._loop.wake()
 
     def keep(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:
