@@ -29,7 +29,7 @@ from tandem.core.request import FinishReason, Request
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.host_tier import BlockCopy, HostTier
-from tandem.scheduler.costs import CostEstimator, work_of
+from tandem.scheduler.costs import CostEstimator, Work
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
 from tandem.scheduler.holdings import Holdings, holder_of
@@ -214,12 +214,18 @@ class Scheduler:
             elif end + 1 < seq.max_len and end + 1 < max_model_len:
                 seq.num_in_flight += 1
 
-    def measured(self, plan: IterationPlan, seconds: float) -> None:
-        """Learn, and tell the policy, how long the iteration of `plan` took."""
-        work = work_of(plan.chunks)
-        self.costs.measured(work, seconds)
-        self.preemption.measured(work, seconds)
+    def measured(self, work: Work, seconds: float) -> None:
+        """Learn, and tell the policy, how long an iteration with `work` in it took."""
+        self.measured_run(work, (seconds,))
         self.policy.measured(work, seconds)
+
+    def measured_run(self, work: Work, seconds: Rows[float]) -> None:
+        """Learn how long the first of some iterations took, and the equal decode steps after it.
+
+        The same as `measured` after every one of them, for a policy that does not learn.
+        """
+        self.costs.measured_run(work, seconds)
+        self.preemption.measured_run(work, seconds)
 
     def advance(self, plan: IterationPlan) -> None:
         """Note that the chunks of `plan` are computed. Those of sequences that left meanwhile count

@@ -7,10 +7,7 @@ over such stretches; a worker, which has to compute them, has no use for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-
 from tandem.core.sequence import IterationPlan, ScheduledChunk
-from tandem.scheduler.costs import work_of
 from tandem.scheduler.holdings import holder_of
 from tandem.scheduler.policies import Policy
 from tandem.scheduler.scheduler import Scheduler
@@ -65,17 +62,6 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
     for _, place, block in sorted(filled):  # in the order in which single steps fill them
         scheduler.holdings.publish(plan.chunks[place].sequence, block * size, (block + 1) * size)
     return IterationPlan(tuple(chunks))
-
-
-def measured(scheduler: Scheduler, plan: IterationPlan, seconds: SequenceOf[float]) -> None:
-    """Learn how long the iteration of `plan`, and the equal ones after it, took.
-
-    The same as `Scheduler.measured` at every step, for a policy that is indifferent.
-    """
-    work = work_of(plan.chunks)
-    scheduler.costs.measured_run(work, seconds)
-    for each in seconds:
-        scheduler.preemption.measured(work, each)
 
 
 def _blocks_missing(scheduler: Scheduler, plan: IterationPlan, steps: int) -> int:
