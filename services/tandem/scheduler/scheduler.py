@@ -32,7 +32,7 @@ from tandem.kvcache.host_tier import BlockCopy, HostTier
 from tandem.scheduler.costs import CostEstimator, Work
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
-from tandem.scheduler.holdings import Holdings, holder_of
+from tandem.scheduler.holdings import Holdings
 from tandem.scheduler.host_copies import HostCopies
 from tandem.scheduler.out_of_blocks import OutOfBlocks
 from tandem.scheduler.phases import Phases
@@ -131,7 +131,7 @@ class Scheduler:
         one that could never be admitted and would block the queue for ever.
         """
         if seq.phase not in ("waiting", "preempted") or seq in self.waiting:
-            raise ValueError(f"{holder_of(seq)} is {seq.phase} and cannot be queued")
+            raise ValueError(f"{seq.holder} is {seq.phase} and cannot be queued")
         check_admissible(seq.num_tokens, self.pool, self.max_model_len)
         if seq.phase == "waiting" and len(self.waiting) >= self.config.max_waiting:
             raise OverloadedError(f"the queue is full: {len(self.waiting)} requests wait")
@@ -249,7 +249,7 @@ class Scheduler:
     def append(self, seq: Sequence, token_id: int) -> None:
         """Add a sampled token; that of a remote sequence came from a prefill worker."""
         if not (seq.phase in ("running", "receiving") or (seq.phase == "waiting" and seq.remote)):
-            raise ValueError(f"{holder_of(seq)} is {seq.phase} and takes no tokens")
+            raise ValueError(f"{seq.holder} is {seq.phase} and takes no tokens")
         seq.token_ids.append(token_id)
         if seq.num_in_flight:
             seq.num_in_flight -= 1
@@ -332,7 +332,7 @@ class Scheduler:
         seq, num_tokens = waited
         if copy.to_host:
             if not succeeded:
-                self._host.drop(seq, holder_of(seq))
+                self._host.drop(seq, seq.holder)
             return None
         if num_tokens:
             self.landed(seq, num_tokens)
@@ -369,7 +369,7 @@ class Scheduler:
             self._phases.leave(seq, "finished")
             if self._host is not None:
                 self._host.left(seq)
-                self._host.drop(seq, holder_of(seq))
+                self._host.drop(seq, seq.holder)
             self._out_of_blocks.forget(seq)
             seq.finish_reason = reason
             if reason is not None:

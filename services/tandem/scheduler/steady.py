@@ -8,7 +8,6 @@ over such stretches; a worker, which has to compute them, has no use for it.
 from __future__ import annotations
 
 from tandem.core.sequence import IterationPlan, ScheduledChunk
-from tandem.scheduler.holdings import holder_of
 from tandem.scheduler.policies import Policy
 from tandem.scheduler.scheduler import Scheduler
 
@@ -27,7 +26,7 @@ def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
     for sequence, _, length, samples, _ in plan.chunks:
         if length != 1 or not samples or not sequence.num_output_tokens:
             return 0  # a first token is news, which a leap would bring late
-        left = sequence.request.max_len - len(sequence.token_ids) - 1
+        left = sequence.max_len - len(sequence.token_ids) - 1
         if left < steps:
             steps = left
     num_free = scheduler.pool.num_free
@@ -52,7 +51,7 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
         end = start + steps
         missing = end // size + 1 - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table += pool.allocate(missing, holder_of(sequence))
+            sequence.block_table += pool.allocate(missing, sequence.holder)
         sequence.num_computed = end
         sequence.token_ids += drawn
         chunks.append(ScheduledChunk(sequence, end, 1))

@@ -9,6 +9,7 @@ from tandem.core.errors import TandemError
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.router.lending import local_prefill_limit, may_change_places
 from tandem.scheduler import Scheduler
+from tandem.scheduler.costs import Work
 from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.gateway import SimulatedGateway
@@ -220,15 +221,15 @@ class SimulatedDecode:
         self._gateway.stage(flight, self.name, "preempted")
         self._prefill(flight)
 
-    def computed(self, plan: IterationPlan, began: float) -> None:
+    def computed(self, plan: IterationPlan, work: Work, began: float) -> None:
         """Count what was computed for the prefill pool."""
         if not self.hears_progress:
             return
-        if plan.num_tokens > len(plan.chunks):
+        if work.prompt_tokens:
             for chunk in plan.chunks:
                 if chunk.length > 1 and self._by_sequence[chunk.sequence].is_lent:
                     self._gateway.report.lent_tokens += chunk.length
-        if may_change_places(plan, self._loop.scheduler):
+        if may_change_places(work, self._loop.scheduler):
             self._lender.news()
 
     def ended(self) -> None:
@@ -257,7 +258,7 @@ class SimulatedDecode:
         if not flight.first_token_at:
             self._gateway.stage(flight, self.name, "first_token")
         self._gateway.token(flight, arrival)
-        if len(sequence.token_ids) >= flight.request.max_len:
+        if len(sequence.token_ids) >= sequence.max_len:
             scheduler.finish(sequence, "length")
             del self._by_sequence[sequence]
             if self.legs:

@@ -46,8 +46,8 @@ class WorkerRole(Protocol):
     def planned(self) -> None:
         """A plan is made; what still waits had no place in it."""
 
-    def computed(self, plan: IterationPlan, began: float) -> None:
-        """Chunks are computed as of now; `advance` has been called."""
+    def computed(self, plan: IterationPlan, work: Work, began: float) -> None:
+        """Chunks, `work` all together, are computed as of now; `advance` has been called."""
 
     def sampled(self, sequences: list[Sequence]) -> None:
         """Each of them drew a token."""
@@ -213,14 +213,15 @@ class IterationLoop:
         self._time.end()
         plan, began, scheduler = self._plan, self.began, self._scheduler
         seconds = self._clock.now - began
-        self._use.count(scheduler.pool, plan.num_tokens, seconds, 1)
+        work, num_tokens = self._work, self._work.prompt_tokens + self._work.decodes
+        self._use.count(scheduler.pool, num_tokens, seconds, 1)
         if self._recorder is not None:
             self._recorder.iteration(self.name, began, self._clock.now, plan)
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         if self._learns:
-            scheduler.measured(self._work, seconds)
+            scheduler.measured(work, seconds)
         scheduler.advance(plan)
-        self._role.computed(plan, began)
+        self._role.computed(plan, work, began)
         self._role.sampled(samplers)
         self._role.ended()
         self.wake()
