@@ -2,8 +2,8 @@
 
 For each way of serving it starts a cluster, replays arrivals on it at several loads, and the same
 arrivals in the simulator, with the mean of two profiles that `tandem profile`'s own code took of
-the cluster before and after. Nothing is fitted to the replays. Writes a table and the raw figures
-beside the other benchmarks' results.
+the cluster just before and just after. Nothing is fitted to the replays. Writes a table and the raw
+figures beside the other benchmarks' results.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.launch import ClusterError, RunningCluster, running_cluster
+from benchmarks.launch import ClusterError, running_cluster
 from benchmarks.machine import describe_machine
 from benchmarks.measures import RequestRecord, percentile
 from benchmarks.models import qwen_shaped_model
@@ -27,7 +28,7 @@ from benchmarks.scenario import MODES, Mode, Scenario, bundled, qwen
 from benchmarks.serving import RESULTS, TRACE, plan_workload
 from benchmarks.workload import PlannedRequest
 from tandem.core.errors import TandemError
-from tandem.profiler import find_target, measure_profile
+from tandem.profiler import Target, find_target, measure_profile
 from tandem.simulator import ClusterSpec, Profile, TraceRequest, simulate
 from tandem.simulator.profile import save_profile
 
@@ -95,10 +96,12 @@ def _rates(text: str) -> tuple[float, ...]:
 def _compare(
     scenario: Scenario, mode: Mode, options: argparse.Namespace, results: Path
 ) -> list[Comparison]:
-    """Replay every load on one cluster, between two profiles of it, and predict from both."""
+    """Replay every load on one cluster, each between two profiles, and predict from these."""
     loads = []
     with running_cluster(scenario.config(mode)) as cluster:
-        profiles = [_profile(scenario, mode, cluster)]
+        config, gateway = scenario.config(mode), f"{cluster.host}:{cluster.port}"
+        target = find_target(config, cluster.controller_address, gateway)
+        profiles = [_profile(target, scenario, mode)]
         for rate in options.rates or LOADS[scenario.key]:
             load = replace(scenario, rate=rate, requests=max(8, int(rate * options.seconds)))
             load = replace(load, shared_fraction=0.0)
@@ -106,19 +109,19 @@ def _compare(
             print(f"{mode}: {len(requests)} requests, {rate:g} a second", flush=True)
             records, _ = replay(load, cluster, _distinct(requests, rate), CLIENT_NICENESS)
             loads.append((load, requests, measured(records)))
-        profiles.append(_profile(scenario, mode, cluster))
+            profiles.append(_profile(target, scenario, mode))
     results.mkdir(parents=True, exist_ok=True)
-    for profile, when in zip(profiles, ("before", "after"), strict=True):
-        save_profile(profile, results / f"profile-{scenario.key}-{mode}-{when}.yaml")
+    for number, profile in enumerate(profiles):
+        save_profile(profile, results / f"profile-{scenario.key}-{mode}-{number}.yaml")
     return [
         Comparison(
             mode,
             load.rate,
             len(requests),
             figures,
-            mean_of([predict(load, mode, profile, requests) for profile in profiles]),
+            mean_of([predict(load, mode, profile, requests) for profile in around]),
         )
-        for load, requests, figures in loads
+        for (load, requests, figures), around in zip(loads, pairwise(profiles), strict=True)
     ]
 
 
@@ -127,12 +130,16 @@ def mean_of(predictions: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: fmean(each[name] for each in predictions) for name in predictions[0]}
 
 
-def _profile(scenario: Scenario, mode: Mode, cluster: RunningCluster) -> Profile:
+def _profile(target: Target, scenario: Scenario, mode: Mode) -> Profile:
+    """Take a profile as soon as what was served before has ended."""
     print(f"{mode}: taking a profile", flush=True)
-    config, gateway = scenario.config(mode), f"{cluster.host}:{cluster.port}"
-    target = find_target(config, cluster.controller_address, gateway)
-    name = f"{scenario.key}-{mode}"
-    return asyncio.run(measure_profile(target, name, lambda line: print(line, flush=True)))
+
+    async def measure() -> Profile:
+        await target.until_idle()
+        name = f"{scenario.key}-{mode}"
+        return await measure_profile(target, name, lambda line: print(line, flush=True))
+
+    return asyncio.run(measure())
 
 
 def _distinct(requests: Sequence[PlannedRequest], rate: float) -> list[PlannedRequest]:

@@ -21,12 +21,12 @@ from tandem.profiler.target import Done, Target, check_target
 from tandem.scheduler.costs import Work
 from tandem.simulator import Profile, load_profile
 from tandem.simulator.machines import Machine, WorkerTime
-from tandem.simulator.profile import SharedMachine, save_profile
+from tandem.simulator.profile import IterationCost, SharedMachine, save_profile
 from tandem.v1 import cluster_pb2
 
 COSTS = {
-    "fixed": 0.004, "prompt": 0.002, "prompt_token": 3e-4, "decode": 5e-5, "context": 2e-7,
-    "attended": 1e-8, "gateway": 0.003, "rpc": 0.001,
+    "fixed": 0.004, "prompt": 0.002, "prompt_token": 3e-4, "decode": 5e-5, "beyond_knee": 0.0,
+    "context": 2e-7, "attended": 1e-8, "gateway": 0.003, "rpc": 0.001,
 }  # fmt: skip
 PROFILE = {
     "name": "p",
@@ -37,8 +37,8 @@ PROFILE = {
 }
 
 
-def samples(noise: float = 0.0) -> list[Sample]:
-    """What the experiments measure on a machine with `COSTS`."""
+def samples(noise: float = 0.0, knee: int = 0, **costs: float) -> list[Sample]:
+    """What the experiments measure on a machine with `COSTS`, but for `costs`."""
     rng, config, found = random.Random(1), TandemConfig(), []
     for length in (8, 16, 32, 64, 128, 256, 512, 1024):
         works = lone_iterations(config, "prefill", length)
@@ -47,8 +47,9 @@ def samples(noise: float = 0.0) -> list[Sample]:
         found.append(Sample(1.0, (Work(decodes=size, context=size * context),)))
     timed = []
     for sample in found:
-        sizes = sample.sizes()
-        seconds = sum(cost * size for cost, size in zip(COSTS.values(), sizes, strict=True))
+        sizes = sample.sizes(knee)
+        all_costs = (COSTS | costs).values()
+        seconds = sum(cost * size for cost, size in zip(all_costs, sizes, strict=True))
         timed.append(
             Sample(
                 seconds * (1 + rng.gauss(0, noise)),
@@ -64,6 +65,16 @@ def test_the_fit_finds_the_costs_that_made_the_times() -> None:
     fit = fit_samples(samples())
     assert fit.costs == pytest.approx(COSTS, rel=1e-3)
     assert fit.error_max < 1e-6
+
+
+@pytest.mark.parametrize("knee", [4, 8])
+def test_the_fit_finds_the_batch_size_from_which_sequences_cost_more(knee: int) -> None:
+    fit = fit_samples(samples(knee=knee, beyond_knee=5e-4))
+    assert fit.knee == knee
+    assert fit.costs == pytest.approx(COSTS | {"beyond_knee": 5e-4}, rel=1e-3)
+    cost = IterationCost(fixed=0.01, prompt_token=0, decode=1e-3, context=0, knee=4, beyond_knee=1)
+    assert cost.seconds(Work(decodes=4)) == pytest.approx(0.014)
+    assert cost.seconds(Work(decodes=6)) == pytest.approx(2.016)
 
 
 def test_noise_makes_no_cost_negative_and_is_told() -> None:

@@ -24,9 +24,9 @@ FEWEST_STEPS, MOST_STEPS, _SECONDS = 24, 400, 1.5
 class Prompts:
     """Prompts that share no prefix, so that no cache helps."""
 
-    def __init__(self, vocab_size: int, seed: int = 1) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._rng = random.Random(seed)
+        self._rng = random.Random()  # another profile of this cluster must not find these cached
 
     def draw(self, length: int) -> list[int]:
         """Return the next prompt."""
@@ -119,11 +119,12 @@ async def _until(
 
 
 def _between(prompts: list[list[int]], streams: list[Stream], begins: list[int]) -> Batch:
-    """Keep the gaps after each stream's first `begins` tokens."""
+    """Keep the gaps after each stream's first `begins` tokens, but for the one that these end with:
+    the last prompt may have been computed in it."""
     gaps: list[float] = []
     context = 0.0
     for prompt, stream, begin in zip(prompts, streams, begins, strict=True):
         times = stream.tokens
-        gaps += [times[i] - times[i - 1] for i in range(begin, len(times))]
+        gaps += [times[i] - times[i - 1] for i in range(begin + 1, len(times))]
         context += len(prompt) + (begin + len(times)) / 2
     return Batch(Work(decodes=len(prompts), context=round(context)), tuple(gaps))

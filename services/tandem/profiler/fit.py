@@ -18,9 +18,12 @@ from tandem.core.errors import TandemError
 from tandem.scheduler.costs import Work
 
 TERMS = (
-    "fixed", "prompt", "prompt_token", "decode", "context", "attended", "gateway", "rpc",
+    "fixed", "prompt", "prompt_token", "decode", "beyond_knee", "context", "attended", "gateway",
+    "rpc",
 )  # fmt: skip
 """The unknowns: the fields of `IterationCost`, then seconds per request and per message."""
+_CLEARLY = 0.7
+"""A knee must leave at most so much of the squared error."""
 
 
 class FitError(TandemError):
@@ -36,13 +39,14 @@ class Sample:
     requests: int = 0
     messages: int = 0
 
-    def sizes(self) -> list[float]:
+    def sizes(self, knee: int) -> list[float]:
         """Return the size of each of `TERMS` in it."""
         total = [sum(column) for column in zip(*self.iterations, strict=True)]
         prompt_tokens, decodes, context, attended = total
         with_prompt = sum(work.prompt_tokens > 0 for work in self.iterations)
+        beyond = sum(max(0, work.decodes - knee) for work in self.iterations)
         return [
-            len(self.iterations), with_prompt, prompt_tokens, decodes, context, attended,
+            len(self.iterations), with_prompt, prompt_tokens, decodes, beyond, context, attended,
             self.requests, self.messages,
         ]  # fmt: skip
 
@@ -52,6 +56,8 @@ class Fit:
     """Costs by name, and how far the fit is from each sample."""
 
     costs: Mapping[str, float]
+    knee: int
+    """Sequences beyond which each costs `beyond_knee` more; 0: nothing does."""
     errors: Sequence[float] = field(default_factory=list)
     """|fitted - measured| / measured."""
 
@@ -60,29 +66,51 @@ class Fit:
         return median(self.errors)
 
     @property
+    def squared_error(self) -> float:
+        return sum(error**2 for error in self.errors)
+
+    @property
     def error_max(self) -> float:
         return max(self.errors)
 
     def seconds(self, sample: Sample) -> float:
         """Return what the fit says that a sample takes."""
         return sum(
-            self.costs[name] * size for name, size in zip(TERMS, sample.sizes(), strict=True)
+            self.costs[name] * size
+            for name, size in zip(TERMS, sample.sizes(self.knee), strict=True)
         )
 
 
 def fit_samples(samples: Sequence[Sample]) -> Fit:
-    """Return the costs that fit best. Raises `FitError` if there is nothing to fit."""
+    """Return the costs that fit best. Raises `FitError` if there is nothing to fit.
+
+    A step takes longer by about the same for each sequence up to some number, a knee, and by more
+    beyond it: kernels come to the next size, or arithmetic takes longer than memory. It is one of
+    the measured batch sizes with others on both sides, if one fits clearly better than none.
+    """
     if not samples:
         raise FitError("nothing was measured")
+    best = _fit(samples, 0)
+    for knee in sorted({work.decodes for s in samples for work in s.iterations} - {0})[1:-1]:
+        fit = _fit(samples, knee)
+        if fit.squared_error < _CLEARLY * best.squared_error:
+            best = fit
+    if best.costs["fixed"] <= 0:
+        raise FitError("an iteration seems to cost nothing: the measurements are too noisy")
+    return best
+
+
+def _fit(samples: Sequence[Sample], knee: int) -> Fit:
+    """Fit with this knee, 0 for none."""
     weights = 1.0 / np.array([sample.seconds for sample in samples])
-    sizes = np.array([sample.sizes() for sample in samples], dtype=float) * weights[:, None]
+    sizes = np.array([sample.sizes(knee) for sample in samples], dtype=float) * weights[:, None]
+    if not knee:
+        sizes[:, TERMS.index("beyond_knee")] = 0.0
     scale = np.maximum(sizes.max(axis=0), 1e-30)
     solved = _non_negative(sizes / scale)
     costs = dict(zip(TERMS, (solved / scale).tolist(), strict=True))
-    if costs["fixed"] <= 0:
-        raise FitError("an iteration seems to cost nothing: the measurements are too noisy")
     errors = np.abs(sizes @ (solved / scale) - 1.0).tolist()
-    return Fit(costs, errors)
+    return Fit(costs, knee, errors)
 
 
 def fit_link(sizes: Iterable[tuple[int, float, float]]) -> tuple[float, float]:

@@ -197,7 +197,7 @@ def _profile(
     return Profile(
         name=name,
         source=f"tandem profile on {machine['cpu']}, {target.decode.device}",
-        iteration=IterationCost(**iteration, jitter=_jitter(found.batches)),
+        iteration=IterationCost(**iteration, knee=fit.knee, jitter=_jitter(found.batches)),
         link=link,
         rpc_seconds=costs["rpc"],
         gateway_seconds=costs["gateway"],

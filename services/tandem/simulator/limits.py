@@ -17,6 +17,7 @@ def improvements(spec: ClusterSpec) -> dict[str, ClusterSpec]:
     profile, cost, link = spec.profile, spec.profile.iteration, spec.profile.link
     prompts = {"prompt": cost.prompt, "prompt_token": cost.prompt_token, "attended": cost.attended}
     steps = {"fixed": cost.fixed, "decode": cost.decode, "context": cost.context}
+    steps["beyond_knee"] = cost.beyond_knee
     blocks = spec.config.cache.num_blocks or profile.num_blocks
     profiles: dict[str, dict[str, object]] = {
         "prefill compute": {"iteration": _cheaper(profile, prompts)},

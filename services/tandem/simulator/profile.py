@@ -25,6 +25,8 @@ class IterationCost(_Frozen):
     context: float = Field(ge=0, description="per token of KV that decodes read")
     attended: float = Field(0.0, ge=0, description="per pair of a prompt token and an earlier one")
     prompt: float = Field(0.0, ge=0, description="more if it has any prompt tokens")
+    knee: int = Field(0, ge=0, description="sequences up to which one more costs `decode`")
+    beyond_knee: float = Field(0.0, ge=0, description="what each that comes after costs besides")
     jitter: tuple[float, ...] = Field(
         (), description="equally likely deviations of one iteration, in seconds; empty: none"
     )
@@ -36,6 +38,7 @@ class IterationCost(_Frozen):
             + (self.prompt if work.prompt_tokens else 0.0)
             + self.prompt_token * work.prompt_tokens
             + self.decode * work.decodes
+            + self.beyond_knee * max(0, work.decodes - self.knee)
             + self.context * work.context
             + self.attended * work.attended
         )
