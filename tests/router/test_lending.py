@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tandem.core.config import SchedulerConfig
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
-from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
+from tandem.core.sequence import Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.router.lending import (
     LegPhase,
@@ -303,12 +303,12 @@ def test_moving_ends(here: WorkerLoad, there: WorkerLoad, prompts: list[Prompt[o
 def test_decode_steps_alone_give_no_reason_to_move_a_prompt() -> None:
     scheduler = Scheduler(SchedulerConfig(), BlockPool(16, 4), 64)
     request = Request("r", tuple(range(8)), 8, SamplingParams(max_tokens=4))
-    sequence = Sequence(request, 0)
-    assert not may_change_places(IterationPlan((ScheduledChunk(sequence, 7, 1),)), scheduler)
-    assert may_change_places(IterationPlan((ScheduledChunk(sequence, 0, 8),)), scheduler)
-    scheduler.add(sequence)
-    other = Sequence(request, 1)
-    assert may_change_places(IterationPlan((ScheduledChunk(other, 7, 1),)), scheduler)
+    assert not may_change_places(Work(decodes=1), scheduler)
+    assert may_change_places(Work(prompt_tokens=8), scheduler)
+    scheduler.add(Sequence(request, 0, remote=True))
+    assert not may_change_places(Work(decodes=1), scheduler), "its prompt is computed elsewhere"
+    scheduler.add(Sequence(request, 1))
+    assert may_change_places(Work(decodes=1), scheduler)
 
 
 @given(context=st.integers(0, 50_000), steps=st.integers(1, 64), left=st.integers(1, 3000))

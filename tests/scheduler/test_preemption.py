@@ -11,7 +11,7 @@ from tandem.core.sequence import Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.host_tier import HostTier
 from tandem.scheduler import Scheduler
-from tandem.scheduler.costs import CostEstimator, Work
+from tandem.scheduler.costs import CostEstimator, Work, work_of
 from tandem.scheduler.preemption import Options, Preemption, Way
 
 BLOCK = 4
@@ -56,7 +56,7 @@ def test_a_refill_costs_what_prefill_workers_needed_or_else_what_prompts_cost_he
     assert believed.refill_seconds(1000) == 0
     for tokens in (10, 20, 30, 40) * 3:
         costs.measured(Work(prompt_tokens=tokens), 0.001 * tokens)
-        believed.measured(Work(prompt_tokens=tokens), 0.001 * tokens)
+        believed.measured_run(Work(prompt_tokens=tokens), (0.001 * tokens,))
     assert believed.refill_seconds(100) == pytest.approx(0.1, rel=0.05)
     believed.prefilled(100, 0.5)
     assert believed.refill_seconds(100) == pytest.approx(0.5)
@@ -64,7 +64,7 @@ def test_a_refill_costs_what_prefill_workers_needed_or_else_what_prompts_cost_he
 
 def test_a_wait_is_shorter_where_sequences_end_before_their_bound() -> None:
     believed = preemption()
-    believed.measured(Work(decodes=1), 0.01)
+    believed.measured_run(Work(decodes=1), (0.01,))
     assert believed.wait_seconds(100) == pytest.approx(1.0)
     for _ in range(50):
         believed.ended(25, 100)
@@ -92,7 +92,7 @@ class Bench:
 
     def step(self, *, copies: bool = True) -> None:
         plan = self.scheduler.schedule()
-        self.scheduler.measured(plan, 0.01)
+        self.scheduler.measured(work_of(plan.chunks), 0.01)
         self.scheduler.advance(plan)
         for chunk in plan.chunks:
             if chunk.samples:

@@ -12,7 +12,7 @@ from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.kvcache.block_pool import BlockPool
-from tandem.scheduler import Scheduler, holder_of
+from tandem.scheduler import Scheduler
 
 BLOCK = 4
 
@@ -416,7 +416,7 @@ def test_two_requests_of_one_name_do_not_mix() -> None:
         step(scheduler)
     assert sequences[1].num_cached == 8
     scheduler.finish(sequences[0], "stop")
-    assert scheduler.pool.holders() == {holder_of(sequences[1]): len(sequences[1].block_table)}
+    assert scheduler.pool.holders() == {sequences[1].holder: len(sequences[1].block_table)}
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:

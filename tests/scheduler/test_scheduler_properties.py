@@ -21,6 +21,7 @@ from tandem.core.sequence import IterationPlan, ScheduledChunk, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.host_tier import BlockCopy, HostTier
 from tandem.scheduler import Scheduler
+from tandem.scheduler.costs import work_of
 from tandem.scheduler.policies import POLICIES
 from tandem.scheduler.preemption import WAYS, Options, Way
 
@@ -142,7 +143,7 @@ class Worker:
         """The end of an iteration: KV is written, tokens come out, for some there is no reader."""
         for chunk in plan.chunks:
             self.compute(chunk)
-        self.scheduler.measured(plan, 0.01 + 0.001 * plan.num_tokens)
+        self.scheduler.measured(work_of(plan.chunks), 0.01 + 0.001 * plan.num_tokens)
         self.scheduler.advance(plan)
         for chunk in plan.chunks:
             if chunk.samples and chunk.sequence.phase == "running":

@@ -52,12 +52,13 @@ class Bench:
         """Run one iteration and say what it was."""
         scheduler = self.scheduler
         plan = scheduler.schedule(self.now)
-        duration = self.seconds(work_of(plan.chunks))
+        work = work_of(plan.chunks)
+        duration = self.seconds(work)
         self.now += duration
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         scheduler.advance(plan)
         if plan.chunks:
-            scheduler.measured(plan, duration)
+            scheduler.measured(work, duration)
         for seq in samplers:
             scheduler.append(seq, 7)
             if seq.num_tokens >= seq.request.max_len:

@@ -58,12 +58,19 @@ class Sequence:
     max_len: int = field(init=False)
     """What its request says of both, at hand because every iteration asks."""
     penalises: bool = field(init=False)
+    order: tuple[int, int] = field(init=False)
+    """Sort key: who is served first."""
+    holder: str = field(init=False)
+    """The name under which it holds blocks; its arrival tells equal request ids apart."""
 
     def __post_init__(self) -> None:
-        self.max_len = self.request.max_len
-        self.penalises = self.request.sampling.penalises
+        request = self.request
+        self.max_len = request.max_len
+        self.penalises = request.sampling.penalises
+        self.order = (request.priority, self.arrival)
+        self.holder = f"{request.request_id}#{request.attempt}@{self.arrival}"
         if not self.token_ids:
-            self.token_ids = list(self.request.token_ids)
+            self.token_ids = list(request.token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -80,11 +87,6 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.request.prompt_len
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: who is served first."""
-        return (self.request.priority, self.arrival)
 
 
 class _ChunkFields(NamedTuple):

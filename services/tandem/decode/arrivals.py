@@ -22,7 +22,7 @@ from tandem.worker.transfers import LandedPiece
 class LegOwner(Protocol):
     """How a leg ends."""
 
-    def end(self, active: ActiveRequest, leg: Leg) -> None:
+    def end(self, active: ActiveRequest, leg: Leg, *, early: bool) -> None:
         """It has brought all that it was to bring."""
 
     def fail(self, active: ActiveRequest, leg: Leg, reason: str) -> None:
@@ -124,7 +124,7 @@ class Arrivals:
             kv_bytes=leg.kv_bytes,
         )
         self._note_landed(active, leg)
-        self._legs.end(active, leg)
+        self._legs.end(active, leg, early=False)
         leg.peer.transfer.finish_receives(leg.leg_id)
         runtime.scheduler.join(active.sequence)
         runtime.trace.stage(active.request.request_id, "joined")
@@ -134,7 +134,7 @@ class Arrivals:
         if leg.landing is None or leg.cut_at is None or leg.landing.contiguous < leg.cut_at:
             return
         self._note_landed(active, leg)
-        self._legs.end(active, leg)
+        self._legs.end(active, leg, early=True)
         leg.peer.transfer.finish_receives(leg.leg_id)
         leg.peer.transfer.cancel_sends(leg.leg_id)
         self._runtime.metrics.kept_tokens.inc(active.sequence.num_computed)

@@ -115,7 +115,7 @@ class Handoff:
         leg = active.leg
         if leg is None:
             return
-        self.end(active, leg)
+        self.end(active, leg, early=True)
         leg.peer.transfer.cancel_receives(leg.leg_id)
         leg.peer.transfer.cancel_sends(leg.leg_id)
         if leg.was_asked:
@@ -248,11 +248,15 @@ class Handoff:
         )  # fmt: skip
         self._owner.prefill_lost(active, leg.peer.name, reason)
 
-    def end(self, active: ActiveRequest, leg: Leg) -> None:
-        """A leg is over here; what its transfers touch stays held until they have closed."""
+    def end(self, active: ActiveRequest, leg: Leg, *, early: bool) -> None:
+        """A leg is over here; what its transfers touch stays held until they have closed.
+
+        `early`: its prompt is not computed, so others may now be computed sooner elsewhere.
+        """
         del self._legs[leg.leg_id]
         active.leg = None
-        self._owner.news()
+        if early:
+            self._owner.news()
 
     # -- steps of a leg
 

@@ -25,6 +25,7 @@ from tandem.decode.outputs import token_output
 from tandem.decode.sessions import DecodeService, GatewaySession
 from tandem.engine import IterationOutput
 from tandem.router.lending import local_prefill_limit, may_change_places
+from tandem.scheduler.costs import work_of
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tandem.wire import request_from_submit
 from tandem.worker.pipeline import Pipeline
@@ -128,7 +129,7 @@ class DecodeWorker:
         if self._runtime.scheduler.num_waiting:
             self._lender.keep_where_it_is()
         settled = self._pipeline.run(plan)
-        if plan.chunks and may_change_places(plan, self._runtime.scheduler):
+        if plan.chunks and may_change_places(work_of(plan.chunks), self._runtime.scheduler):
             self._lender.news = True
         self._flush()
         return bool(settled or plan.chunks or plan.preempted or plan.admitted)

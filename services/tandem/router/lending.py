@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from tandem.core.config import LendingConfig, TandemConfig
-from tandem.core.sequence import IterationPlan, Sequence
+from tandem.core.sequence import Sequence
 from tandem.scheduler import Scheduler
 from tandem.scheduler.costs import IterationCosts, Work
 from tandem.scheduler.prompt_room import MIN_ROOM, running_work
@@ -252,14 +252,18 @@ def advised_move(
     return move.key if move else None
 
 
-def may_change_places(plan: IterationPlan, scheduler: Scheduler) -> bool:
-    """Whether a decode worker's iteration may be why a prompt should be computed elsewhere now.
+def may_change_places(work: Work, scheduler: Scheduler) -> bool:
+    """Whether an iteration of a decode worker, with `work` in it, may be why a prompt should be
+    computed elsewhere now.
 
-    Not if there was no prompt in it and none waits: then all are elsewhere, and decode steps, which
-    take longer from token to token, only speak for leaving them there. What speaks for fetching
-    them is news of other kinds: a sequence or a leg ends, a prefill worker reports.
+    Not if there was no prompt in it and none waits to be computed here: then all are elsewhere, and
+    decode steps, which take longer from token to token, only speak for leaving them there. So does
+    a prompt that is done elsewhere and decodes here from now on. What speaks for fetching them is
+    news of other kinds: a sequence ends, a leg ends early, a prefill worker reports.
     """
-    return plan.num_tokens > len(plan.chunks) or bool(scheduler.waiting)
+    if work.prompt_tokens:
+        return True
+    return any(not sequence.remote for sequence in islice(scheduler.waiting, MOST_PROMPTS))
 
 
 def may_keep(

@@ -1,6 +1,5 @@
 """Iteration-level scheduling: what one forward pass computes. Pure; the same for both roles."""
 
-from tandem.scheduler.holdings import holder_of
 from tandem.scheduler.policies import (
     Policy,
     PoolRole,
@@ -19,7 +18,6 @@ __all__ = [
     "Steps",
     "Task",
     "View",
-    "holder_of",
     "make_policy",
     "policy_name",
 ]

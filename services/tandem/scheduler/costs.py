@@ -6,6 +6,8 @@ Pure: seconds come in as events (`CostEstimator.measured`); nobody here reads a 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from operator import truediv
 from typing import NamedTuple
 
 from tandem.core.sequence import ScheduledChunk
@@ -32,6 +34,11 @@ class Work(NamedTuple):
         prompt_tokens, decodes, context, attended = self
         more = length * start + length * length // 2
         return Work(prompt_tokens + length, decodes, context, attended + more)
+
+    def after_steps(self, steps: int) -> Work:
+        """This work so many decode steps later: each leaves a token of context per sequence."""
+        prompt_tokens, decodes, context, attended = self
+        return Work(prompt_tokens, decodes, context + steps * decodes, attended)
 
 
 def work_of(chunks: Iterable[ScheduledChunk]) -> Work:
@@ -116,8 +123,7 @@ class CostEstimator:
     @property
     def costs(self) -> IterationCosts:
         """The estimate, to be told to others."""
-        weights = self._solved()
-        return IterationCosts(*(w / scale for w, scale in zip(weights, _SCALE, strict=True)))
+        return IterationCosts._make(map(truediv, self._solved(), _SCALE))
 
     def seed(self, costs: IterationCosts) -> None:
         """Believe a like machine's estimate until own measurements say otherwise."""
@@ -142,25 +148,22 @@ class CostEstimator:
         """Learn from one iteration."""
         self.measured_run(work, (seconds,))
 
-    def measured_run(self, work: Work, seconds: Iterable[float]) -> None:
+    def measured_run(self, work: Work, seconds: SequenceOf[float]) -> None:
         """Learn from iterations in a row. The first had `work`; if there are more, all are decode
         steps of one batch, each with a token of context more per sequence than the one before."""
         self._knows_prompts = self._knows_prompts or work.prompt_tokens > 0
         if work != self._next:
             self._take_in()
             self._first = self._next = work
-        for value in seconds:
-            self._run.append(value)
-            self._count += 1
+        while seconds:
             self._weights = None
-            if self._count % LONGEST_RUN == 0:
-                self._next = self._after_run()
+            room = LONGEST_RUN - self._count % LONGEST_RUN
+            taken, seconds = seconds[:room], seconds[room:]
+            self._run += taken
+            self._count += len(taken)
+            self._next = self._next.after_steps(len(taken))
+            if len(taken) == room:
                 self._anchor = self._solved()  # before too much that it rests on is forgotten
-        self._next = self._after_run()
-
-    def _after_run(self) -> Work:
-        prompt_tokens, decodes, context, attended = self._first
-        return Work(prompt_tokens, decodes, context + len(self._run) * decodes, attended)
 
     def most_prompt_tokens(self, work: Work, start: int, limit: int, seconds: float) -> int:
         """As `IterationCosts.most_prompt_tokens`, by the estimate."""

@@ -13,11 +13,6 @@ from tandem.kvcache.hashing import extend_hashes
 from tandem.scheduler.host_copies import HostCopies
 
 
-def holder_of(seq: Sequence) -> str:
-    """The name under which a sequence holds blocks; its arrival tells equal request ids apart."""
-    return f"{seq.request.request_id}#{seq.request.attempt}@{seq.arrival}"
-
-
 class Holdings:
     """What the sequences of one worker hold of its pool."""
 
@@ -39,7 +34,7 @@ class Holdings:
 
         `spare` blocks must stay free.
         """
-        host, holder = self._host, holder_of(seq)
+        host, holder = self._host, seq.holder
         if host is not None and host.is_copying(seq):
             return False
         hashes = self.findable_hashes(seq)
@@ -61,11 +56,11 @@ class Holdings:
 
     def extend(self, seq: Sequence, num_blocks: int) -> None:
         """Allocate more blocks for a sequence that holds some. Raises `OutOfBlocksError`."""
-        seq.block_table.extend(self._pool.allocate(num_blocks, holder_of(seq)))
+        seq.block_table.extend(self._pool.allocate(num_blocks, seq.holder))
 
     def release(self, seq: Sequence) -> None:
         """Give back everything that a sequence holds; what a transfer still holds stays held."""
-        self._pool.release(seq.block_table, holder_of(seq))
+        self._pool.release(seq.block_table, seq.holder)
         seq.block_table = []
         seq.num_computed = seq.num_in_flight = 0
 

@@ -11,7 +11,7 @@ from collections import Counter
 from tandem.core.sequence import Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.scheduler.draft import Draft
-from tandem.scheduler.holdings import Holdings, holder_of
+from tandem.scheduler.holdings import Holdings
 from tandem.scheduler.host_copies import HostCopies
 from tandem.scheduler.phases import Phases
 from tandem.scheduler.policies import Policy
@@ -117,7 +117,7 @@ class OutOfBlocks:
         victim.was_preempted = True
         self.num_preempted[way] += 1
         if way == "swap" and self._host is not None:
-            self._host.swap_out(victim, holder_of(victim))
+            self._host.swap_out(victim, victim.holder)
             self._phases.leave(victim, "waiting")
         else:
             self._phases.leave(victim, "preempted")

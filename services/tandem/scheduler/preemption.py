@@ -6,6 +6,7 @@ taken. Who gives way is not decided here: that is `Policy.precedence`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from tandem.core.config import SchedulerConfig
@@ -36,8 +37,14 @@ class Mean:
         self.value = first
 
     def add(self, value: float) -> None:
-        old = value if self.value is None else self.value
-        self.value = old + _NEWEST * (value - old)
+        self.add_all((value,))
+
+    def add_all(self, values: Sequence[float]) -> None:
+        """Add one after the other; at least one."""
+        mean = values[0] if self.value is None else self.value
+        for value in values:
+            mean += _NEWEST * (value - mean)
+        self.value = mean
 
 
 class Preemption:
@@ -71,9 +78,9 @@ class Preemption:
         if num_tokens > 0:
             self._refill_per_token.add(seconds / num_tokens)
 
-    def measured(self, work: Work, seconds: float) -> None:
-        """An iteration took so long. The estimator has been told."""
-        self._step.add(seconds)
+    def measured_run(self, work: Work, seconds: Sequence[float]) -> None:
+        """Iterations in a row took so long; the first had `work`. The estimator has been told."""
+        self._step.add_all(seconds)
         self._knows_prompts = self._knows_prompts or work.prompt_tokens > 0
 
     def ended(self, num_outputs: int, most_outputs: int) -> None:

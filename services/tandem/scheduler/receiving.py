@@ -6,7 +6,7 @@ They hold their blocks from the start, and compute nothing until they run.
 from __future__ import annotations
 
 from tandem.core.sequence import Sequence
-from tandem.scheduler.holdings import Holdings, holder_of
+from tandem.scheduler.holdings import Holdings
 from tandem.scheduler.phases import Phases
 
 
@@ -22,7 +22,7 @@ class Receiving:
         """Note that a receiving sequence has the KV of its first `num_tokens` tokens in place."""
         self._require_receiving(seq)
         if num_tokens > seq.num_tokens:
-            raise ValueError(f"{holder_of(seq)}: KV of {num_tokens} of {seq.num_tokens} tokens")
+            raise ValueError(f"{seq.holder}: KV of {num_tokens} of {seq.num_tokens} tokens")
         start, seq.num_computed = seq.num_computed, max(seq.num_computed, num_tokens)
         # The newest token may be computed here after all (`fall_back`), and a block that others can
         # find is never written again: so the block of the newest token is published by `join`.
@@ -33,7 +33,7 @@ class Receiving:
         self._require_receiving(seq)
         if seq.num_computed < seq.num_tokens - 1:
             raise ValueError(
-                f"{holder_of(seq)} cannot join: KV of {seq.num_computed} of {seq.num_tokens} tokens"
+                f"{seq.holder} cannot join: KV of {seq.num_computed} of {seq.num_tokens} tokens"
             )
         self._start_running(seq)
 
@@ -50,12 +50,12 @@ class Receiving:
         runs, has two tokens or more to compute, and holds blocks for all of its tokens.
         """
         if seq.phase != "running":
-            raise ValueError(f"{holder_of(seq)} is {seq.phase}, not running: it cannot be sent out")
+            raise ValueError(f"{seq.holder} is {seq.phase}, not running: it cannot be sent out")
         if seq.num_uncomputed < 2:
-            raise ValueError(f"{holder_of(seq)} has {seq.num_uncomputed} tokens to compute, not 2")
+            raise ValueError(f"{seq.holder} has {seq.num_uncomputed} tokens to compute, not 2")
         if seq.num_tokens > len(seq.block_table) * self._block_size:
             raise ValueError(
-                f"{holder_of(seq)} has {len(seq.block_table)} blocks of {self._block_size} for "
+                f"{seq.holder} has {len(seq.block_table)} blocks of {self._block_size} for "
                 f"{seq.num_tokens} tokens: KV of all of them could not come back"
             )
         seq.remote = True
@@ -68,4 +68,4 @@ class Receiving:
 
     def _require_receiving(self, seq: Sequence) -> None:
         if seq.phase != "receiving":
-            raise ValueError(f"{holder_of(seq)} is {seq.phase}, not receiving")
+            raise ValueError(f"{seq.holder} is {seq.phase}, not receiving")

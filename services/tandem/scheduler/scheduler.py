@@ -29,10 +29,10 @@ from tandem.core.request import FinishReason, Request
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.kvcache.block_pool import BlockPool
 from tandem.kvcache.host_tier import BlockCopy, HostTier
-from tandem.scheduler.costs import CostEstimator, work_of
+from tandem.scheduler.costs import CostEstimator, Work
 from tandem.scheduler.draft import Draft
 from tandem.scheduler.fit import check_admissible, check_fits
-from tandem.scheduler.holdings import Holdings, holder_of
+from tandem.scheduler.holdings import Holdings
 from tandem.scheduler.host_copies import HostCopies
 from tandem.scheduler.out_of_blocks import OutOfBlocks
 from tandem.scheduler.phases import Phases
@@ -131,7 +131,7 @@ class Scheduler:
         one that could never be admitted and would block the queue for ever.
         """
         if seq.phase not in ("waiting", "preempted") or seq in self.waiting:
-            raise ValueError(f"{holder_of(seq)} is {seq.phase} and cannot be queued")
+            raise ValueError(f"{seq.holder} is {seq.phase} and cannot be queued")
         check_admissible(seq.num_tokens, self.pool, self.max_model_len)
         if seq.phase == "waiting" and len(self.waiting) >= self.config.max_waiting:
             raise OverloadedError(f"the queue is full: {len(self.waiting)} requests wait")
@@ -214,12 +214,18 @@ class Scheduler:
             elif end + 1 < seq.max_len and end + 1 < max_model_len:
                 seq.num_in_flight += 1
 
-    def measured(self, plan: IterationPlan, seconds: float) -> None:
-        """Learn, and tell the policy, how long the iteration of `plan` took."""
-        work = work_of(plan.chunks)
-        self.costs.measured(work, seconds)
-        self.preemption.measured(work, seconds)
+    def measured(self, work: Work, seconds: float) -> None:
+        """Learn, and tell the policy, how long an iteration with `work` in it took."""
+        self.measured_run(work, (seconds,))
         self.policy.measured(work, seconds)
+
+    def measured_run(self, work: Work, seconds: Rows[float]) -> None:
+        """Learn how long the first of some iterations took, and the equal decode steps after it.
+
+        The same as `measured` after every one of them, for a policy that does not learn.
+        """
+        self.costs.measured_run(work, seconds)
+        self.preemption.measured_run(work, seconds)
 
     def advance(self, plan: IterationPlan) -> None:
         """Note that the chunks of `plan` are computed. Those of sequences that left meanwhile count
@@ -243,7 +249,7 @@ class Scheduler:
     def append(self, seq: Sequence, token_id: int) -> None:
         """Add a sampled token; that of a remote sequence came from a prefill worker."""
         if not (seq.phase in ("running", "receiving") or (seq.phase == "waiting" and seq.remote)):
-            raise ValueError(f"{holder_of(seq)} is {seq.phase} and takes no tokens")
+            raise ValueError(f"{seq.holder} is {seq.phase} and takes no tokens")
         seq.token_ids.append(token_id)
         if seq.num_in_flight:
             seq.num_in_flight -= 1
@@ -326,7 +332,7 @@ class Scheduler:
         seq, num_tokens = waited
         if copy.to_host:
             if not succeeded:
-                self._host.drop(seq, holder_of(seq))
+                self._host.drop(seq, seq.holder)
             return None
         if num_tokens:
             self.landed(seq, num_tokens)
@@ -363,7 +369,7 @@ class Scheduler:
             self._phases.leave(seq, "finished")
             if self._host is not None:
                 self._host.left(seq)
-                self._host.drop(seq, holder_of(seq))
+                self._host.drop(seq, seq.holder)
             self._out_of_blocks.forget(seq)
             seq.finish_reason = reason
             if reason is not None:

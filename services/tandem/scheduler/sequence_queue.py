@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from operator import attrgetter
 
 from tandem.core.sequence import Sequence
+
+_order = attrgetter("order")
 
 
 class SequenceQueue:
@@ -57,7 +60,3 @@ class SequenceQueue:
                 return index
             index += 1
         return None
-
-
-def _order(seq: Sequence) -> tuple[int, int]:
-    return seq.order

@@ -7,11 +7,7 @@ over such stretches; a worker, which has to compute them, has no use for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-
 from tandem.core.sequence import IterationPlan, ScheduledChunk
-from tandem.scheduler.costs import work_of
-from tandem.scheduler.holdings import holder_of
 from tandem.scheduler.policies import Policy
 from tandem.scheduler.scheduler import Scheduler
 
@@ -30,7 +26,7 @@ def steady_steps(scheduler: Scheduler, plan: IterationPlan, most: int) -> int:
     for sequence, _, length, samples, _ in plan.chunks:
         if length != 1 or not samples or not sequence.num_output_tokens:
             return 0  # a first token is news, which a leap would bring late
-        left = sequence.request.max_len - len(sequence.token_ids) - 1
+        left = sequence.max_len - len(sequence.token_ids) - 1
         if left < steps:
             steps = left
     num_free = scheduler.pool.num_free
@@ -55,7 +51,7 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
         end = start + steps
         missing = end // size + 1 - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table += pool.allocate(missing, holder_of(sequence))
+            sequence.block_table += pool.allocate(missing, sequence.holder)
         sequence.num_computed = end
         sequence.token_ids += drawn
         chunks.append(ScheduledChunk(sequence, end, 1))
@@ -65,17 +61,6 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
     for _, place, block in sorted(filled):  # in the order in which single steps fill them
         scheduler.holdings.publish(plan.chunks[place].sequence, block * size, (block + 1) * size)
     return IterationPlan(tuple(chunks))
-
-
-def measured(scheduler: Scheduler, plan: IterationPlan, seconds: SequenceOf[float]) -> None:
-    """Learn how long the iteration of `plan`, and the equal ones after it, took.
-
-    The same as `Scheduler.measured` at every step, for a policy that is indifferent.
-    """
-    work = work_of(plan.chunks)
-    scheduler.costs.measured_run(work, seconds)
-    for each in seconds:
-        scheduler.preemption.measured(work, each)
 
 
 def _blocks_missing(scheduler: Scheduler, plan: IterationPlan, steps: int) -> int:

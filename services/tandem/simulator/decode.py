@@ -9,6 +9,7 @@ from tandem.core.errors import TandemError
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.router.lending import local_prefill_limit, may_change_places
 from tandem.scheduler import Scheduler
+from tandem.scheduler.costs import Work
 from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.gateway import SimulatedGateway
@@ -133,7 +134,7 @@ class SimulatedDecode:
         """Let a request decode that has both; until then it changes nothing for the others."""
         if not (leg.first_token_at and leg.has_landed):
             return False
-        self._end_leg(flight)
+        self._end_leg(flight, early=False)
         self._loop.scheduler.preemption.prefilled(
             leg.num_tokens - leg.held_tokens, self._clock.now - leg.granted_at
         )
@@ -144,16 +145,18 @@ class SimulatedDecode:
             self._loop.scheduler.join(flight.sequence)
         return True
 
-    def _end_leg(self, flight: Flight) -> None:
+    def _end_leg(self, flight: Flight, *, early: bool) -> None:
+        """`early`: the prompt is not computed, so others may be computed sooner elsewhere."""
         if flight.prefill is not None and flight.leg is not None:
             self._legs_on[flight.prefill] -= 1
             del self.legs[flight]
             flight.leg = None
-            self._lender.news()
+            if early:
+                self._lender.news()
 
     def prefill_failed(self, flight: Flight) -> None:
         """The prefill worker is too full for the leg after all: compute what is missing here."""
-        self._end_leg(flight)
+        self._end_leg(flight, early=True)
         if flight.sequence.phase == "receiving":
             self._loop.scheduler.fall_back(flight.sequence)
         else:
@@ -210,7 +213,7 @@ class SimulatedDecode:
         """Drop a leg that has not been granted."""
         if leg.was_asked and flight.prefill is not None:
             self._clock.after(self._rpc_seconds, flight.prefill.cancel, flight, leg)
-        self._end_leg(flight)
+        self._end_leg(flight, early=True)
 
     def preempted(self, sequence: Sequence) -> None:
         flight = self._by_sequence[sequence]
@@ -218,15 +221,15 @@ class SimulatedDecode:
         self._gateway.stage(flight, self.name, "preempted")
         self._prefill(flight)
 
-    def computed(self, plan: IterationPlan, began: float) -> None:
+    def computed(self, plan: IterationPlan, work: Work, began: float) -> None:
         """Count what was computed for the prefill pool."""
         if not self.hears_progress:
             return
-        if plan.num_tokens > len(plan.chunks):
+        if work.prompt_tokens:
             for chunk in plan.chunks:
                 if chunk.length > 1 and self._by_sequence[chunk.sequence].is_lent:
                     self._gateway.report.lent_tokens += chunk.length
-        if may_change_places(plan, self._loop.scheduler):
+        if may_change_places(work, self._loop.scheduler):
             self._lender.news()
 
     def ended(self) -> None:
@@ -255,7 +258,7 @@ class SimulatedDecode:
         if not flight.first_token_at:
             self._gateway.stage(flight, self.name, "first_token")
         self._gateway.token(flight, arrival)
-        if len(sequence.token_ids) >= flight.request.max_len:
+        if len(sequence.token_ids) >= sequence.max_len:
             scheduler.finish(sequence, "length")
             del self._by_sequence[sequence]
             if self.legs:
@@ -281,7 +284,7 @@ class SimulatedDecode:
     def was_cut(self, flight: Flight, leg: SimulatedLeg, num_tokens: int) -> None:
         """What was computed of a leg has landed: go on from there."""
         if flight.leg is leg:
-            self._end_leg(flight)
+            self._end_leg(flight, early=True)
             self._loop.scheduler.landed(flight.sequence, num_tokens)
             self._loop.scheduler.fall_back(flight.sequence)
             self._loop.wake()
@@ -292,7 +295,7 @@ class SimulatedDecode:
             self._gateway.report.kept_tokens += 1
             self._token(flight)
             if flight.sequence.phase == "finished":
-                self._end_leg(flight)
+                self._end_leg(flight, early=False)
             self._loop.wake()
 
     def keep(self, flight: Flight, leg: SimulatedLeg, target: SimulatedPrefill) -> None:

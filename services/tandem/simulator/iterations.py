@@ -15,8 +15,8 @@ from typing import Protocol
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.kvcache.host_tier import BlockCopy
 from tandem.scheduler import Scheduler
-from tandem.scheduler.costs import work_of
-from tandem.scheduler.steady import measured, repeat, steady_steps
+from tandem.scheduler.costs import Work, work_of
+from tandem.scheduler.steady import repeat, steady_steps
 from tandem.simulator.clock import Clock
 from tandem.simulator.machines import WorkerTime
 from tandem.simulator.report import PoolUse
@@ -46,8 +46,8 @@ class WorkerRole(Protocol):
     def planned(self) -> None:
         """A plan is made; what still waits had no place in it."""
 
-    def computed(self, plan: IterationPlan, began: float) -> None:
-        """Chunks are computed as of now; `advance` has been called."""
+    def computed(self, plan: IterationPlan, work: Work, began: float) -> None:
+        """Chunks, `work` all together, are computed as of now; `advance` has been called."""
 
     def sampled(self, sequences: list[Sequence]) -> None:
         """Each of them drew a token."""
@@ -96,6 +96,8 @@ class IterationLoop:
         self._leaps = leaps and recorder is None and not time.depends_on_others
         self._plan = IterationPlan(())
         """Of the iteration under way."""
+        self._work = Work()
+        """What is in it."""
         self._ends: list[float] = []
         """When it ends, and when the equal ones after it do, if this is a leap."""
         self._leap = 0
@@ -167,7 +169,7 @@ class IterationLoop:
         """Let time pass until the end of an iteration, or of a leap that begins with it."""
         work = work_of(plan.chunks)
         end = now + self._time.begin(work)
-        self._plan, self.began, self._ends = plan, now, [end]
+        self._plan, self._work, self.began, self._ends = plan, work, now, [end]
         if self._leaps and self._role.is_steady and not work.prompt_tokens:
             steps = steady_steps(self._scheduler, plan, LONGEST_LEAP)
             if steps:
@@ -183,7 +185,8 @@ class IterationLoop:
         plan, over = self._plan, ends[:ended]
         if self._learns:
             seconds = [end - start for start, end in pairwise((self.began, *over))]
-            measured(self._scheduler, plan, seconds)
+            self._scheduler.measured_run(self._work, seconds)
+        self._work = self._work.after_steps(ended)
         self._plan = repeat(self._scheduler, plan, ended, TOKEN)
         self._time.took(ended)
         lasted = over[-1] - self.began
@@ -210,14 +213,15 @@ class IterationLoop:
         self._time.end()
         plan, began, scheduler = self._plan, self.began, self._scheduler
         seconds = self._clock.now - began
-        self._use.count(scheduler.pool, plan.num_tokens, seconds, 1)
+        work, num_tokens = self._work, self._work.prompt_tokens + self._work.decodes
+        self._use.count(scheduler.pool, num_tokens, seconds, 1)
         if self._recorder is not None:
             self._recorder.iteration(self.name, began, self._clock.now, plan)
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         if self._learns:
-            scheduler.measured(plan, seconds)
+            scheduler.measured(work, seconds)
         scheduler.advance(plan)
-        self._role.computed(plan, began)
+        self._role.computed(plan, work, began)
         self._role.sampled(samplers)
         self._role.ended()
         self.wake()

@@ -125,7 +125,10 @@ class SimulatedLender:
 
     def _advised_move(self, prompts: Iterable[Prompt[Flight]]) -> Flight | None:
         prompts = list(islice(prompts, MOST_PROMPTS))
-        targets = [prompt.key.prefill for prompt in prompts if prompt.key.prefill]
-        loads = {target.name: target.load(self._worker) for target in dict.fromkeys(targets)}
-        known = {name: load for name, load in loads.items() if load is not None}
+        targets = {prompt.target: prompt.key.prefill for prompt in prompts}
+        known = {}
+        for name, target in targets.items():
+            load = target.load(self._worker) if target is not None else None
+            if load is not None:
+                known[name] = load
         return advised_move(self._loop.scheduler, known, prompts, self._config)

@@ -9,6 +9,7 @@ from tandem.core.config import TandemConfig
 from tandem.core.errors import OverloadedError
 from tandem.core.sequence import IterationPlan, Sequence
 from tandem.router.lending import NO_PROMPTS, PromptWork, WorkerLoad, load_of
+from tandem.scheduler.costs import Work
 from tandem.simulator.clock import Clock
 from tandem.simulator.flight import Flight, SimulatedLeg
 from tandem.simulator.iterations import IterationLoop
@@ -196,9 +197,10 @@ class SimulatedPrefill:
         decode = flight.decode
         if decode.hears_progress:
             left = NO_PROMPTS.plus(num_tokens, leg.num_tokens)
-            self._pending[decode] = self._pending[decode].exchanging(leg.left, left)
-            self._pending_in_all = self._pending_in_all.exchanging(leg.left, left)
-            leg.left = left
+            if left != leg.left:
+                self._pending[decode] = self._pending[decode].exchanging(leg.left, left)
+                self._pending_in_all = self._pending_in_all.exchanging(leg.left, left)
+                leg.left = left
 
     # ------------------------------------------------------------------ around an iteration
 
@@ -247,7 +249,7 @@ class SimulatedPrefill:
         self._forget(flight, leg)
         self._clock.after(self._rpc_seconds, flight.decode.prefill_failed, flight)
 
-    def computed(self, plan: IterationPlan, began: float) -> None:
+    def computed(self, plan: IterationPlan, work: Work, began: float) -> None:
         now = self._clock.now
         for chunk in plan.chunks:
             flight, leg = self._by_sequence[chunk.sequence]

@@ -28,6 +28,7 @@ from tandem.kvcache.prefix_journal import PrefixJournal
 from tandem.kvcache.storage import HostStorage
 from tandem.modelfiles import resolve_model, served_name
 from tandem.scheduler import Policy, PoolRole, Scheduler, make_policy, policy_name
+from tandem.scheduler.costs import work_of
 from tandem.tracing.buffer import TraceBuffer
 from tandem.tracing.service import add_tracing
 from tandem.transfer import make_kv_spec
@@ -238,7 +239,7 @@ class WorkerRuntime:
         """Note that an iteration has ended."""
         seconds, metrics = ended - began, self.metrics
         self.trace.iteration(plan, began, ended)
-        self.scheduler.measured(plan, seconds)
+        self.scheduler.measured(work_of(plan.chunks), seconds)
         metrics.iteration_seconds.observe(seconds)
         metrics.iteration_tokens.observe(plan.num_tokens)
         metrics.iteration_sequences.observe(len(plan.chunks))
