@@ -13,10 +13,10 @@ import pytest
 
 from tandem.core.config import TandemConfig
 from tandem.core.errors import ConfigError, UnavailableError
-from tandem.profiler.experiments import Prompts, decode_batch, lone_iterations
+from tandem.profiler.experiments import Prompts, _between, decode_batch, lone_iterations
 from tandem.profiler.fit import FitError, Sample, fit_link, fit_samples
 from tandem.profiler.measure import Measurements, lone_prompts
-from tandem.profiler.stream import Endpoint, complete
+from tandem.profiler.stream import Endpoint, Stream, complete
 from tandem.profiler.target import Done, Target, check_target
 from tandem.scheduler.costs import Work
 from tandem.simulator import Profile, load_profile
@@ -65,6 +65,19 @@ def test_the_fit_finds_the_costs_that_made_the_times() -> None:
     fit = fit_samples(samples())
     assert fit.costs == pytest.approx(COSTS, rel=1e-3)
     assert fit.error_max < 1e-6
+
+
+def test_another_profile_draws_other_prompts() -> None:
+    """Or it would find those of the first in the prefix cache."""
+    assert Prompts(1000).draw(50) != Prompts(1000).draw(50)
+
+
+def test_the_gap_in_which_the_last_stream_began_is_not_a_step() -> None:
+    early, late = Stream(), Stream()
+    early.tokens[:] = [0.0, 0.5, 0.6, 0.7]  # beside the prompt of the other until 0.5
+    late.tokens[:] = [0.5, 0.6, 0.7]
+    batch = _between([[1], [2]], [early, late], [1, 1])
+    assert batch.gaps == pytest.approx((0.1, 0.1, 0.1))
 
 
 @pytest.mark.parametrize("knee", [4, 8])
