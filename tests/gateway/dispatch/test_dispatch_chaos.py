@@ -67,8 +67,6 @@ async def test_streams_are_exact_under_random_failures(cluster, make_request, to
     chaos.cancel()
     await asyncio.gather(chaos, return_exceptions=True)
     assert set(ends) == {"left", "finished"}
-    # Whether a worker that had streams was among those that froze is up to the machine's speed.
-    assert "decode_lost" in cluster.observer.recoveries
-    assert set(cluster.observer.recoveries) <= {"decode_lost", "decode_frozen"}
+    assert set(cluster.observer.recoveries) == {"decode_lost", "decode_frozen"}
     await cluster.assert_nothing_is_held()
     assert len(dispatcher._traffic._parking) == 0
