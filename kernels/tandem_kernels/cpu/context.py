@@ -95,10 +95,15 @@ def cache_struct(kv: Tensor, dtype: torch.dtype | None = None, unit: int = 1) ->
 
 def _check_blocks(cache: Tensor, dtype: torch.dtype | None) -> None:
     _, kv_heads, head_dim = cache.shape[-3:]
-    if cache.stride()[-3:] != (kv_heads * head_dim, head_dim, 1) or cache.device.type != "cpu":
-        raise ValueError(f"a {cache.device.type} tensor of strides {cache.stride()} was given")
-    if dtype is not None and cache.dtype != dtype:
-        raise ValueError(f"dtype is {cache.dtype}; allowed: {dtype}")
+    _check(cache, dtype, fits=cache.stride()[-3:] == (kv_heads * head_dim, head_dim, 1))
+
+
+def _check(tensor: Tensor, dtype: torch.dtype | None, *, fits: bool) -> None:
+    """`fits`: whether its numbers lie as the kernels read them."""
+    if not fits or tensor.device.type != "cpu":
+        raise ValueError(f"a {tensor.device.type} tensor of strides {tensor.stride()} was given")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"dtype is {tensor.dtype}; allowed: {dtype}")
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
@@ -108,8 +113,5 @@ def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | No
     """
     if tensor is None:
         return None
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(f"a {tensor.device.type} tensor of strides {tensor.stride()} was given")
-    if dtype is not None and tensor.dtype != dtype:
-        raise ValueError(f"dtype is {tensor.dtype}; allowed: {dtype}")
+    _check(tensor, dtype, fits=tensor.is_contiguous())
     return tensor.data_ptr()

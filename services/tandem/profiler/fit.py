@@ -40,11 +40,11 @@ class Sample:
     messages: int = 0
 
     def sizes(self, knee: int) -> list[float]:
-        """Return the size of each of `TERMS` in it."""
+        """Return the size of each of `TERMS` in it; nothing is beyond a knee of 0."""
         total = [sum(column) for column in zip(*self.iterations, strict=True)]
         prompt_tokens, decodes, context, attended = total
         with_prompt = sum(work.prompt_tokens > 0 for work in self.iterations)
-        beyond = sum(max(0, work.decodes - knee) for work in self.iterations)
+        beyond = sum(max(0, work.decodes - knee) for work in self.iterations) if knee else 0
         return [
             len(self.iterations), with_prompt, prompt_tokens, decodes, beyond, context, attended,
             self.requests, self.messages,
@@ -104,8 +104,6 @@ def _fit(samples: Sequence[Sample], knee: int) -> Fit:
     """Fit with this knee, 0 for none."""
     weights = 1.0 / np.array([sample.seconds for sample in samples])
     sizes = np.array([sample.sizes(knee) for sample in samples], dtype=float) * weights[:, None]
-    if not knee:
-        sizes[:, TERMS.index("beyond_knee")] = 0.0
     scale = np.maximum(sizes.max(axis=0), 1e-30)
     solved = _non_negative(sizes / scale)
     costs = dict(zip(TERMS, (solved / scale).tolist(), strict=True))
