@@ -12,6 +12,7 @@ from concurrent import futures
 import grpc
 import pytest
 
+from free_ports import free_port
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -47,9 +48,7 @@ def busy_port() -> Iterator[int]:
 
 @pytest.fixture
 def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 class ScriptedCluster(cluster_pb2_grpc.ClusterServicer):

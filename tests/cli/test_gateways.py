@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from serve_process import free_ports
+from free_ports import free_port, free_ports
 from tandem.commands.ports import settle_metrics_ports
 from tandem.core.config import GatewayConfig, TandemConfig
 from tandem.core.errors import ConfigError, UnavailableError
@@ -43,7 +43,7 @@ def config(**gateway: int) -> TandemConfig:
 
 @pytest.mark.timeout(180)
 def test_a_gateway_that_is_killed_is_replaced_and_all_end_together() -> None:
-    settled = settle_metrics_ports(config(processes=2, metrics_port=0)).gateway
+    settled = settle_metrics_ports(config(processes=2, metrics_port=free_port())).gateway
     own = [settled.metrics_port, settled.metrics_port + 1]
     port, grpc_port, controller = free_ports(3)
     command = [sys.executable, "-m", "tandem", "gateway", "--gateways", "2"]

@@ -112,7 +112,12 @@ async def test_a_prefill_worker_fetches_over_unequal_degrees_what_a_dead_one_del
     make_config: MakeConfig, connect: Connect
 ) -> None:
     (prompt,) = random_prompts(12, [900])
-    config = make_config(scheduler={"chunk_size": 4}, **NO_PREFIXES, **degrees(1, 2))
+    config = make_config(
+        scheduler={"chunk_size": 4},
+        lending={"mode": "threshold"},  # the decode worker must not compute the prompt itself
+        **NO_PREFIXES,
+        **degrees(1, 2),
+    )
     async with (
         local_cluster(config, prefill=2, decode=1) as cluster,
         connect(cluster) as dispatcher,

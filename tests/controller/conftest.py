@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,13 @@ import grpc
 import psutil
 import pytest
 
+from free_ports import free_port
 from tandem.commands.reaper import remove_directory
 from tandem.controller.environment import prepare_environment
 from tandem.core.config import ControllerConfig, ModelConfig, TandemConfig
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 
 STAND_IN = "stand_in_worker:StandInWorker"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

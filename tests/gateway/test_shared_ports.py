@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 import httpx
 import pytest
 
+from free_ports import free_port
 from tandem.core.config import GatewayConfig
 from tandem.core.errors import ConfigError
 from tandem.gateway.metrics import GatewayMetrics, TokenGaps
@@ -19,16 +20,11 @@ from .conftest import FakeDispatcher
 CONNECTIONS = 64
 
 
-def _free_port() -> int:
-    with bind("127.0.0.1", 0) as probe:
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
 async def pair(dispatcher: FakeDispatcher) -> AsyncGenerator[tuple[GatewayServer, ...], None]:
-    config = GatewayConfig(port=_free_port(), grpc_port=_free_port(), processes=2)
+    config = GatewayConfig(port=free_port(), grpc_port=free_port(), processes=2)
     servers = [
-        GatewayServer(config, dispatcher, GatewayMetrics(), grace_seconds=1, own_port=_free_port())
+        GatewayServer(config, dispatcher, GatewayMetrics(), grace_seconds=1, own_port=free_port())
         for _ in range(2)
     ]
     for server in servers:
@@ -62,7 +58,7 @@ async def test_a_busy_port_of_its_own_is_told_and_frees_the_shared_one(
 ) -> None:
     with bind("127.0.0.1", 0) as busy:
         own_port = busy.getsockname()[1]
-        config = GatewayConfig(port=_free_port(), grpc_port=0, processes=2)
+        config = GatewayConfig(port=free_port(), grpc_port=0, processes=2)
         server = GatewayServer(config, dispatcher, GatewayMetrics(), own_port=own_port)
         with pytest.raises(ConfigError, match=f"metrics_port: .*{own_port}.*--metrics-port"):
             await server.start()

@@ -12,16 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from free_ports import free_ports
+
 START_SECONDS = 120.0
 END_SECONDS = 30.0
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 class ServeProcess:

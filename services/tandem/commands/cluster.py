@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tandem.commands.options import ControllerAddress, RayAddress, takes_config
-from tandem.commands.ports import serve_ports, settle_metrics_ports, settle_ports
+from tandem.commands.ports import held_ports, serve_ports, settle_metrics_ports, settle_ports
 from tandem.commands.progress import ClusterView, StartProgress
 from tandem.commands.start import everyone_ready
 from tandem.commands.terminal import console, reachable, tandem_command
@@ -32,7 +32,8 @@ def serve(config: TandemConfig, ray_address: RayAddress = "") -> None:
     config = settle_ports(config, serve_ports(config, dashboard=dashboard))
     config = settle_metrics_ports(config)
     _check_model(config)
-    Supervisor(config, ray_address).run()
+    with held_ports(config):
+        Supervisor(config, ray_address).run()
 
 
 @takes_config

@@ -1,13 +1,16 @@
 """Ports: checked before anything starts, so that a busy one is told in a sentence.
 
-A check is not a reservation; the servers still report a port that was taken in between.
+A check is not a reservation: `held_ports` makes one for the seconds in which Ray starts, and
+servers still report a port that was taken in between.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from tandem.config import FLAGS
 from tandem.core.config import TandemConfig
@@ -71,6 +74,28 @@ def settle_metrics_ports(config: TandemConfig) -> TandemConfig:
     return config.model_copy(update={"gateway": settled})
 
 
+@contextmanager
+def held_ports(config: TandemConfig) -> Iterator[None]:
+    """Keep the ports of gateway and controller from being handed to anyone who asks for any port.
+
+    A socket that is bound and does not listen does that, on Linux, and leaves the port to a server
+    that sets SO_REUSEADDR, as ours do. Raises `UnavailableError` if a port is in use.
+    """
+    with ExitStack() as held:
+        if sys.platform == "linux":
+            for setting, (host, port) in _own_ports(config):
+                held.enter_context(_bound(setting, host, port))
+        yield
+
+
+def _own_ports(config: TandemConfig) -> Iterator[tuple[str, tuple[str, int]]]:
+    yield from serve_ports(config, dashboard=False).items()
+    gateway = config.gateway
+    if gateway.processes > 1:
+        for index in range(gateway.processes):
+            yield "gateway.metrics_port", (gateway.host, gateway.metrics_port + index)
+
+
 def _free_row(host: str, count: int) -> int:
     """Return the first of `count` free ports in a row."""
     for _ in range(TRIES):
@@ -85,14 +110,22 @@ def _free_row(host: str, count: int) -> int:
 
 
 def _check(setting: str, host: str, port: int) -> int:
+    with _bound(setting, host, port) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _bound(setting: str, host: str, port: int) -> socket.socket:
     flag = FLAGS[setting]
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
+        probe = socket.socket(family, kind)
+        try:
             # As servers do, so that connections of an earlier run in TIME_WAIT do not count.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-            return int(probe.getsockname()[1])
+        except OSError:
+            probe.close()
+            raise
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UnavailableError(
@@ -101,3 +134,4 @@ def _check(setting: str, host: str, port: int) -> int:
         raise UnavailableError(
             f"cannot listen on {host}:{port} ({flag}): {error.strerror or error}"
         ) from error
+    return probe
