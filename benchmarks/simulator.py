@@ -8,7 +8,6 @@ process, the same scheduler, router and block pools as in a cluster. Lending is 
 from __future__ import annotations
 
 import argparse
-import gc
 import resource
 import sys
 import time
@@ -45,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     spec = ClusterSpec(load_profile(PROFILE), config, prefill, options.workers - prefill)
     began = time.perf_counter()
-    gc.disable()  # requests come and go without cycles; walking them all again and again is waste
     cpu = time.process_time()
     report = simulate(trace, spec, SLO)
     cpu = time.process_time() - cpu

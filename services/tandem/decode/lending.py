@@ -64,9 +64,8 @@ class Lender:
         """
         if not self._is_measured or active.target is None:
             return False
-        fixed = [prompt._replace(may_move=False) for prompt in self._prompts()]
         own = self._prompt(active, start, is_here=is_here)
-        return self._advised_move([*fixed, own]) is active
+        return self._advised_move([*self._prompts(stay=True), own]) is active
 
     def rebalance(self) -> None:
         """Move prompts while that lets one end sooner; of no cost while nothing has changed."""
@@ -123,15 +122,17 @@ class Lender:
 
     # -- what the decision is made from
 
-    def _prompts(self) -> Iterator[Prompt[ActiveRequest]]:
+    def _prompts(self, *, stay: bool = False) -> Iterator[Prompt[ActiveRequest]]:
         """Every prompt of this worker in the order in which its place serves it."""
         for sequence in prompts_here(self._runtime.scheduler):
             active = self._owner.request_of(sequence)
-            yield self._prompt(active, sequence.num_computed, is_here=True)
+            yield self._prompt(active, sequence.num_computed, is_here=True, stays=stay)
         for active, leg in self._handoff.movable_legs():
-            yield self._prompt(active, leg.num_ready, is_here=False)
+            yield self._prompt(active, leg.num_ready, is_here=False, stays=stay)
 
-    def _prompt(self, active: ActiveRequest, start: int, *, is_here: bool) -> Prompt[ActiveRequest]:
+    def _prompt(
+        self, active: ActiveRequest, start: int, *, is_here: bool, stays: bool = False
+    ) -> Prompt[ActiveRequest]:
         return prompt_of(
             self._runtime.scheduler,
             active,
@@ -139,7 +140,7 @@ class Lender:
             start,
             active.target.name if active.target else "",
             is_here=is_here,
-            moves_left=self._config.max_moves - active.moves,
+            moves_left=0 if stays else self._config.max_moves - active.moves,
         )
 
     def _advised_move(self, prompts: Iterable[Prompt[ActiveRequest]]) -> ActiveRequest | None:

@@ -64,9 +64,9 @@ class SimulatedLender:
         """Whether a prompt that comes now should not go where it would by default."""
         if not self.is_measured or flight.prefill is None:
             return False
-        fixed = [prompt._replace(may_move=False) for prompt in self._prompts()]
         start = self._loop.scheduler.peek_cached(flight.sequence)
-        return self._advised_move([*fixed, self._prompt(flight, start, is_here=is_here)]) is flight
+        own = self._prompt(flight, start, is_here=is_here)
+        return self._advised_move([*self._prompts(stay=True), own]) is flight
 
     def keep_where_it_is(self) -> None:
         """Let idle prefill workers decode requests for which there are no blocks here."""
@@ -103,16 +103,19 @@ class SimulatedLender:
 
     # ------------------------------------------------------------------ what is decided from
 
-    def _prompts(self) -> Iterator[Prompt[Flight]]:
+    def _prompts(self, *, stay: bool = False) -> Iterator[Prompt[Flight]]:
         """Every prompt of this worker in the order in which its place serves it."""
         for sequence in prompts_here(self._loop.scheduler):
             flight = self._worker.flight_of(sequence)
-            yield self._prompt(flight, sequence.num_computed, is_here=True)
+            yield self._prompt(flight, sequence.num_computed, is_here=True, stays=stay)
         for flight, leg in self._worker.legs.items():
             if not (leg.phase == "cutting" or leg.was_kept or leg.first_token_at):
-                yield self._prompt(flight, max(leg.computed, leg.held_tokens), is_here=False)
+                start = max(leg.computed, leg.held_tokens)
+                yield self._prompt(flight, start, is_here=False, stays=stay)
 
-    def _prompt(self, flight: Flight, start: int, *, is_here: bool) -> Prompt[Flight]:
+    def _prompt(
+        self, flight: Flight, start: int, *, is_here: bool, stays: bool = False
+    ) -> Prompt[Flight]:
         return prompt_of(
             self._loop.scheduler,
             flight,
@@ -120,7 +123,7 @@ class SimulatedLender:
             start,
             flight.prefill.name if flight.prefill else "",
             is_here=is_here,
-            moves_left=self._config.max_moves - flight.moves,
+            moves_left=0 if stays else self._config.max_moves - flight.moves,
         )
 
     def _advised_move(self, prompts: Iterable[Prompt[Flight]]) -> Flight | None:
