@@ -15,12 +15,16 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def trouble(cluster, rng: random.Random, tools) -> None:
-    """Kill or freeze a random worker and replace it, again and again; at most one is missing."""
+    """Kill a random worker or freeze the busiest, and replace it, again and again; at most one is
+    missing."""
     for number in itertools.count(1):
         await asyncio.sleep(rng.uniform(0.02, 0.1))
         name = rng.choice(sorted(cluster.workers))
         victim = cluster.workers[name]
         if number % 6 == 0:
+            await tools.eventually(lambda: any(each.active for each in cluster.workers.values()))
+            victim = max(cluster.workers.values(), key=lambda each: len(each.active))
+            name = victim.name
             victim.freeze()
             await tools.eventually(lambda name=name: name not in cluster.dispatcher._pool.accepting)
         else:
