@@ -10,6 +10,7 @@ import pytest
 from tandem.core.request import Request
 from tandem.core.sampling import SamplingParams
 from tandem.core.sequence import ScheduledChunk, Sequence
+from tandem.scheduler import costs
 from tandem.scheduler.costs import CostEstimator, IterationCosts, Work, work_of
 
 
@@ -85,18 +86,22 @@ def test_a_run_that_is_told_at_once_leaves_what_its_steps_leave_one_by_one() -> 
     assert at_once.costs == stepwise.costs
 
 
-def test_runs_are_taken_in_as_least_squares_with_forgetting_would_take_their_steps() -> None:
+def test_runs_are_taken_in_as_least_squares_with_forgetting_would_take_their_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(costs, "_FIRM", 1e-9)
     rng, estimator, measured = Random(6), CostEstimator(), []
     while len(measured) < 250:
         work = random_work(rng)
         steps = 1 if work.prompt_tokens else rng.randrange(1, 20)
-        run = [(step(work, i), cost(step(work, i)) * rng.uniform(0.5, 1.5)) for i in range(steps)]
+        run = [(step(work, i), cost(step(work, i)) * rng.uniform(0.9, 1.1)) for i in range(steps)]
         estimator.measured_run(work, [seconds for _, seconds in run])
         measured += run
     weights = np.sqrt(0.98 ** np.arange(len(measured))[::-1])
     terms = np.array([(1, *work) for work, _ in measured], float) * weights[:, None]
     seconds = np.array([seconds for _, seconds in measured]) * weights
     expected = np.linalg.lstsq(terms, seconds, rcond=None)[0]
+    assert min(expected) > 0
     assert list(estimator.costs) == pytest.approx(list(expected), rel=1e-5)
 
 
@@ -137,3 +142,19 @@ def test_a_seed_stands_in_for_what_was_never_measured() -> None:
     assert estimator.seconds(work) == pytest.approx(cost(work), rel=0.05)
     estimator.seed(IterationCosts(9.0, 9.0, 9.0, 9.0, 9.0))  # own knowledge is not overwritten
     assert estimator.seconds(work) == pytest.approx(cost(work), rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_few_small_chunks_that_took_long_do_not_make_a_large_one_look_cheap(seed: int) -> None:
+    """Else a decode worker that lends computes it at once, beside streams that wait for it."""
+    rng, estimator = Random(seed), CostEstimator()
+    estimator.seed(IterationCosts(0.0, 3e-4, 0.0, 0.0, 1e-9))
+    steps = Work(decodes=1, context=500)
+    for number in range(100):
+        estimator.measured(step(steps, number), cost(step(steps, number)) * rng.uniform(0.9, 1.1))
+    for _ in range(rng.randrange(1, 5)):
+        small = steps.plus_prompt(rng.randrange(600), rng.randrange(16, 36))
+        estimator.measured(small, cost(small) * rng.uniform(0.9, 1.6))
+    large = steps.plus_prompt(512, 256)
+    assert 0.5 < estimator.seconds(large) / cost(large) < 3
+    assert all(each >= 0 for each in estimator.costs)

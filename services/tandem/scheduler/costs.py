@@ -17,6 +17,11 @@ _SCALE = (1.0, 64.0, 8.0, 4096.0, 65536.0)
 """Typical sizes of the terms below: dividing by them keeps the estimate well conditioned."""
 _CONTEXT_SCALE = _SCALE[3]
 _TRUSTED_AFTER = 8
+_PROMPT_TERMS = (1, 4)
+_LOOSE = 1e-9
+_FIRM = 0.01
+"""Ridge of what prompts cost once that was told or learnt: a hundredth of a measurement in which
+the term has its typical size. Two small chunks that took long say little of a large one."""
 
 
 class Work(NamedTuple):
@@ -94,8 +99,9 @@ class CostEstimator:
     """Seconds of an iteration as a linear function of its work, by weighted least squares.
 
     Old iterations are forgotten exponentially, so that the estimate follows a machine that changes.
-    A little ridge holds the estimate where it was in directions that measurements say nothing of:
-    a worker that only decodes for an hour still knows what a prompt costs.
+    A ridge holds the estimate where it was in directions that measurements say little of: a worker
+    that only decodes for an hour still knows what a prompt costs. No cost is below 0: more work
+    never takes less time, however little was measured.
 
     Decode steps of one batch are kept as they come, and taken in all together, in closed form, when
     somebody asks: telling is almost free, and a run that is told at once leaves the estimate that
@@ -113,6 +119,7 @@ class CostEstimator:
         """Of the decode step that would be the next of the run."""
         self._weights: list[float] | None = None
         self._anchor = [0.0] * len(_SCALE)
+        self._ridge = [_LOOSE] * len(_SCALE)
         self._knows_prompts = False
 
     @property
@@ -133,6 +140,7 @@ class CostEstimator:
             self._anchor = [cost * scale for cost, scale in zip(costs, _SCALE, strict=True)]
             if known is not None:  # what decoding costs here is known better here
                 self._anchor[:1], self._anchor[2:4] = known[:1], known[2:4]
+            self._hold_prompt_costs()
             self._weights = None
 
     @property
@@ -164,6 +172,7 @@ class CostEstimator:
             self._next = self._next.after_steps(len(taken))
             if len(taken) == room:
                 self._anchor = self._solved()  # before too much that it rests on is forgotten
+                self._hold_prompt_costs()
 
     def most_prompt_tokens(self, work: Work, start: int, limit: int, seconds: float) -> int:
         """As `IterationCosts.most_prompt_tokens`, by the estimate."""
@@ -172,8 +181,13 @@ class CostEstimator:
     def _solved(self) -> list[float]:
         if self._weights is None:
             self._take_in()
-            self._weights = self._sums.solved(self._anchor)
+            self._weights = self._sums.solved(self._anchor, self._ridge)
         return self._weights
+
+    def _hold_prompt_costs(self) -> None:
+        """Let what the anchor knows of prompts count for more than a little noise."""
+        for term in _PROMPT_TERMS:
+            self._ridge[term] = _FIRM if self._anchor[term] else _LOOSE
 
     def _take_in(self) -> None:
         """Add the run to the sums, and begin another after it."""

@@ -16,7 +16,6 @@ Terms = tuple[float, float, float, float, float]
 LONGEST_RUN = 64
 _FORGETTING = 0.98
 """What is left of everything after one more measurement."""
-_RIDGE = 1e-9
 
 
 class Run(NamedTuple):
@@ -79,17 +78,20 @@ class FadingSquares:
             left * ee + te * e,
         ]
 
-    def solved(self, anchor: Sequence[float]) -> list[float]:
-        """Return the coefficients of the terms, pulled a little towards the anchor: they stay there
-        as far as the measurements say nothing.
+    def solved(self, anchor: Sequence[float], ridge: Sequence[float]) -> list[float]:
+        """Return the coefficients of the terms, none of them below 0, each pulled towards its
+        anchor as if it had been measured there with so much weight as its ridge, which must be
+        above 0.
 
         Gaussian elimination, row by row; no row needs to be exchanged for another, because the
-        matrix is symmetric and, with the ridge, positive definite.
+        matrix is symmetric and, with the ridge, positive definite. A coefficient that would be
+        negative is 0, and those that come before it are fitted to that.
         """
         aa, ab, ac, ad, ae, bb, bc, bd, be, cc, cd, ce, dd, de, ee = self._squares
-        products = zip(self._products, anchor, strict=True)
-        a, b, c, d, e = [product + _RIDGE * place for product, place in products]
-        aa, bb, cc, dd, ee = aa + _RIDGE, bb + _RIDGE, cc + _RIDGE, dd + _RIDGE, ee + _RIDGE
+        pulls = zip(self._products, anchor, ridge, strict=True)
+        a, b, c, d, e = [product + weight * place for product, place, weight in pulls]
+        ra, rb, rc, rd, re = ridge
+        aa, bb, cc, dd, ee = aa + ra, bb + rb, cc + rc, dd + rd, ee + re
         q, r, s, t = ab / aa, ac / aa, ad / aa, ae / aa
         bb, bc, bd, be, b = bb - q * ab, bc - q * ac, bd - q * ad, be - q * ae, b - q * a
         cc, cd, ce, c = cc - r * ac, cd - r * ad, ce - r * ae, c - r * a
@@ -103,11 +105,11 @@ class FadingSquares:
         dd, de, d = dd - s * cd, de - s * ce, d - s * c
         ee, e = ee - t * ce, e - t * c
         t = de / dd
-        e = (e - t * d) / (ee - t * de)
-        d = (d - de * e) / dd
-        c = (c - cd * d - ce * e) / cc
-        b = (b - bc * c - bd * d - be * e) / bb
-        a = (a - ab * b - ac * c - ad * d - ae * e) / aa
+        e = max(0.0, (e - t * d) / (ee - t * de))
+        d = max(0.0, (d - de * e) / dd)
+        c = max(0.0, (c - cd * d - ce * e) / cc)
+        b = max(0.0, (b - bc * c - bd * d - be * e) / bb)
+        a = max(0.0, (a - ab * b - ac * c - ad * d - ae * e) / aa)
         return [a, b, c, d, e]
 
 
