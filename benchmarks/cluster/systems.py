@@ -132,7 +132,7 @@ SYSTEMS = (
         "tandem-auto-chunk",
         "Tandem, colocated, auto_chunk",
         "2",
-        _tandem(**_TOGETHER, scheduler={"policy": "auto_chunk", **_OBJECTIVE}),
+        _tandem(**_TOGETHER, scheduler={"policy": "auto_chunk", "auto_chunk_seconds": 0.1}),
         split=False,
     ),
     System("vllm", "vLLM, colocated", "2", _vllm_colocated, split=False),

@@ -125,6 +125,20 @@ def test_auto_chunk_sizes_chunks_by_the_measured_cost_of_iterations() -> None:
     assert bench.step() in ("a1 s19", "a1 s20", "a1 s21"), "the machine has become slower"
 
 
+def test_auto_chunk_remembers_its_decode_steps_while_prompts_never_end() -> None:
+    bench = make_bench("auto_chunk", max_batch_tokens=256, chunk_size=64, auto_chunk_ratio=2.0)
+    # The first 16 prompt tokens are free, so lines through larger chunks point below the steps.
+    bench.seconds = lambda work: 0.034 + 0.0012 * max(0, work.prompt_tokens - 16)
+    bench.add("a", 4, output=800)
+    bench.steps(20)
+    for _ in range(20):
+        bench.add("p", 440, output=1)
+    bench.steps(150)
+    # Two steps take 68 ms, 34 ms more than one: 28 tokens, and the 16 that are free.
+    lengths = [sum(map(int, re.findall(r"p(\d+)", step))) for step in bench.steps(10)]
+    assert set(lengths) <= set(range(40, 49))
+
+
 def test_auto_chunk_takes_the_whole_budget_when_nobody_decodes() -> None:
     bench = make_bench("auto_chunk", max_batch_tokens=64, chunk_size=8)
     bench.add("a", 100)

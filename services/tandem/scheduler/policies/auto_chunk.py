@@ -19,11 +19,17 @@ class AutoChunk(Policy):
     Costs: it needs some iterations before it knows the machine (until then: `chunk_size`), and at
     `MIN_CHUNK` it breaks the bound rather than let prompts starve. With nobody decoding, nobody is
     stalled, and prompts take the whole budget.
+
+    A ratio is one of decode steps that were measured without prompts beside them: what steps would
+    take, seen from iterations that all have prompts of about one length, is anybody's guess, and a
+    wrong one would keep all chunks as they are.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._costs = CostEstimator()
+        self._step_costs = CostEstimator()
+        """Of iterations without prompts."""
 
     def tasks(self, view: View) -> Iterable[Task | Steps]:
         decoding = view.decoding
@@ -35,6 +41,8 @@ class AutoChunk(Policy):
 
     def measured(self, work: Work, seconds: float) -> None:
         self._costs.measured(work, seconds)
+        if not work.prompt_tokens:
+            self._step_costs.measured(work, seconds)
 
     def _room(self, view: View, work: Work, start: int) -> int:
         """Prompt tokens that this iteration can take beside its decode steps."""
@@ -42,6 +50,11 @@ class AutoChunk(Policy):
             return view.tokens_left
         if not self._costs.trusted:
             return self._config.chunk_size
-        ratio = self._config.auto_chunk_ratio
-        target = self._config.auto_chunk_seconds or ratio * self._costs.seconds(work)
-        return max(MIN_CHUNK, self._costs.most_prompt_tokens(work, start, view.tokens_left, target))
+        longest = self._config.auto_chunk_seconds or self._longest_by_ratio(work)
+        return max(
+            MIN_CHUNK, self._costs.most_prompt_tokens(work, start, view.tokens_left, longest)
+        )
+
+    def _longest_by_ratio(self, work: Work) -> float:
+        costs = self._step_costs if self._step_costs.trusted else self._costs
+        return self._config.auto_chunk_ratio * costs.seconds(work)
