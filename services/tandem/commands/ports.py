@@ -1,7 +1,7 @@
 """Ports: checked before anything starts, so that a busy one is told in a sentence.
 
-A check is not a reservation: `held_ports` makes one for the seconds in which Ray starts, and
-servers still report a port that was taken in between.
+A check is not a reservation: `held_ports` makes one, for Ray's processes take free ports while they
+start. Where nobody holds them, servers still report a port that was taken in between.
 """
 
 from __future__ import annotations

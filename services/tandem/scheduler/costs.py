@@ -19,6 +19,7 @@ _CONTEXT_SCALE = _SCALE[3]
 _TRUSTED_AFTER = 8
 _PROMPT_TERMS = (1, 4)
 _LOOSE = 1e-9
+"""Ridge of everything else."""
 _FIRM = 0.01
 """Ridge of what prompts cost once that was told or learnt: a hundredth of a measurement in which
 the term has its typical size. Two small chunks that took long say little of a large one."""

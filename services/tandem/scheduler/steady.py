@@ -54,6 +54,7 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
             sequence.block_table += pool.allocate(missing, sequence.holder)
         sequence.num_computed = end
         sequence.token_ids += drawn
+        # `ScheduledChunk`, written out: it samples, and its input is known.
         chunks.append(tuple.__new__(ScheduledChunk, (sequence, end, 1, True, False)))
         if pool.prefix_cache:
             blocks = range(start // size, end // size)
