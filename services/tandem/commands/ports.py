@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from tandem.config import FLAGS
-from tandem.core.config import TandemConfig
+from tandem.core.config import GatewayConfig, TandemConfig
 from tandem.core.errors import ConfigError, UnavailableError
 
 MAX_PORT = 65535
@@ -59,7 +59,8 @@ def settle_metrics_ports(config: TandemConfig) -> TandemConfig:
     if gateway.processes == 1:
         return config
     first = gateway.metrics_port or _free_row(gateway.host, gateway.processes)
-    row = range(first, first + gateway.processes)
+    settled = gateway.model_copy(update={"metrics_port": first})
+    row = _metrics_ports(settled)
     for setting, (_, port) in serve_ports(config, dashboard=True).items():
         if port in row:
             raise ConfigError(
@@ -70,7 +71,6 @@ def settle_metrics_ports(config: TandemConfig) -> TandemConfig:
         raise ConfigError(f"gateway.metrics_port must leave room for {len(row)} ports, got {first}")
     for port in row:
         _check("gateway.metrics_port", gateway.host, port)
-    settled = gateway.model_copy(update={"metrics_port": first})
     return config.model_copy(update={"gateway": settled})
 
 
@@ -92,8 +92,13 @@ def _own_ports(config: TandemConfig) -> Iterator[tuple[str, tuple[str, int]]]:
     yield from serve_ports(config, dashboard=False).items()
     gateway = config.gateway
     if gateway.processes > 1:
-        for index in range(gateway.processes):
-            yield "gateway.metrics_port", (gateway.host, gateway.metrics_port + index)
+        for port in _metrics_ports(gateway):
+            yield "gateway.metrics_port", (gateway.host, port)
+
+
+def _metrics_ports(gateway: GatewayConfig) -> range:
+    """Those on which each of several gateways answers alone."""
+    return range(gateway.metrics_port, gateway.metrics_port + gateway.processes)
 
 
 def _free_row(host: str, count: int) -> int:

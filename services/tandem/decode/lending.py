@@ -65,7 +65,7 @@ class Lender:
         if not self._is_measured or active.target is None:
             return False
         own = self._prompt(active, start, is_here=is_here)
-        return self._advised_move([*self._prompts(stay=True), own]) is active
+        return self._advised_move([*self._prompts(stays=True), own]) is active
 
     def rebalance(self) -> None:
         """Move prompts while that lets one end sooner; of no cost while nothing has changed."""
@@ -122,13 +122,13 @@ class Lender:
 
     # -- what the decision is made from
 
-    def _prompts(self, *, stay: bool = False) -> Iterator[Prompt[ActiveRequest]]:
+    def _prompts(self, *, stays: bool = False) -> Iterator[Prompt[ActiveRequest]]:
         """Every prompt of this worker in the order in which its place serves it."""
         for sequence in prompts_here(self._runtime.scheduler):
             active = self._owner.request_of(sequence)
-            yield self._prompt(active, sequence.num_computed, is_here=True, stays=stay)
+            yield self._prompt(active, sequence.num_computed, is_here=True, stays=stays)
         for active, leg in self._handoff.movable_legs():
-            yield self._prompt(active, leg.num_ready, is_here=False, stays=stay)
+            yield self._prompt(active, leg.num_ready, is_here=False, stays=stays)
 
     def _prompt(
         self, active: ActiveRequest, start: int, *, is_here: bool, stays: bool = False

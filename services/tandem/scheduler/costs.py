@@ -138,10 +138,10 @@ class CostEstimator:
         if not self._knows_prompts:
             self._knows_prompts = True
             known = self._solved() if self.trusted else None
-            self._anchor = [cost * scale for cost, scale in zip(costs, _SCALE, strict=True)]
+            told = [cost * scale for cost, scale in zip(costs, _SCALE, strict=True)]
             if known is not None:  # what decoding costs here is known better here
-                self._anchor[:1], self._anchor[2:4] = known[:1], known[2:4]
-            self._hold_prompt_costs()
+                told[:1], told[2:4] = known[:1], known[2:4]
+            self._anchor_at(told)
             self._weights = None
 
     @property
@@ -172,8 +172,7 @@ class CostEstimator:
             self._count += len(taken)
             self._next = self._next.after_steps(len(taken))
             if len(taken) == room:
-                self._anchor = self._solved()  # before too much that it rests on is forgotten
-                self._hold_prompt_costs()
+                self._anchor_at(self._solved())  # before too much that it rests on is forgotten
 
     def most_prompt_tokens(self, work: Work, start: int, limit: int, seconds: float) -> int:
         """As `IterationCosts.most_prompt_tokens`, by the estimate."""
@@ -185,10 +184,11 @@ class CostEstimator:
             self._weights = self._sums.solved(self._anchor, self._ridge)
         return self._weights
 
-    def _hold_prompt_costs(self) -> None:
-        """Let what the anchor knows of prompts count for more than a little noise."""
+    def _anchor_at(self, weights: list[float]) -> None:
+        """Hold the estimate there; what is known of prompts outweighs a little noise."""
+        self._anchor = weights
         for term in _PROMPT_TERMS:
-            self._ridge[term] = _FIRM if self._anchor[term] else _LOOSE
+            self._ridge[term] = _FIRM if weights[term] else _LOOSE
 
     def _take_in(self) -> None:
         """Add the run to the sums, and begin another after it."""

@@ -54,8 +54,7 @@ def repeat(scheduler: Scheduler, plan: IterationPlan, steps: int, token_id: int)
             sequence.block_table += pool.allocate(missing, sequence.holder)
         sequence.num_computed = end
         sequence.token_ids += drawn
-        # `ScheduledChunk`, written out: it samples, and its input is known.
-        chunks.append(tuple.__new__(ScheduledChunk, (sequence, end, 1, True, False)))
+        chunks.append(ScheduledChunk(sequence, end, 1))
         if pool.prefix_cache:
             blocks = range(start // size, end // size)
             filled += [((block + 1) * size - start, place, block) for block in blocks]

@@ -66,7 +66,7 @@ class SimulatedLender:
             return False
         start = self._loop.scheduler.peek_cached(flight.sequence)
         own = self._prompt(flight, start, is_here=is_here)
-        return self._advised_move([*self._prompts(stay=True), own]) is flight
+        return self._advised_move([*self._prompts(stays=True), own]) is flight
 
     def keep_where_it_is(self) -> None:
         """Let idle prefill workers decode requests for which there are no blocks here."""
@@ -103,15 +103,15 @@ class SimulatedLender:
 
     # ------------------------------------------------------------------ what is decided from
 
-    def _prompts(self, *, stay: bool = False) -> Iterator[Prompt[Flight]]:
+    def _prompts(self, *, stays: bool = False) -> Iterator[Prompt[Flight]]:
         """Every prompt of this worker in the order in which its place serves it."""
         for sequence in prompts_here(self._loop.scheduler):
             flight = self._worker.flight_of(sequence)
-            yield self._prompt(flight, sequence.num_computed, is_here=True, stays=stay)
+            yield self._prompt(flight, sequence.num_computed, is_here=True, stays=stays)
         for flight, leg in self._worker.legs.items():
             if not (leg.phase == "cutting" or leg.was_kept or leg.first_token_at):
                 start = max(leg.computed, leg.held_tokens)
-                yield self._prompt(flight, start, is_here=False, stays=stay)
+                yield self._prompt(flight, start, is_here=False, stays=stays)
 
     def _prompt(
         self, flight: Flight, start: int, *, is_here: bool, stays: bool = False
